@@ -1,0 +1,26 @@
+"""README.md is nbs/index.ipynb: `python tools/readme.py` writes it, `--check` says whether it is in step."""
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+root = Path(__file__).resolve().parents[1]
+ON_PAGE_ONLY = ("#| hide", "#| export")
+
+
+def readme_text() -> str:
+    "The index notebook as Markdown that reads well on a repository's front page"
+    nb = nbformat.read(root / "nbs/index.ipynb", as_version=4)
+    nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and c.source.startswith(ON_PAGE_ONLY))]
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    return text.replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/').strip() + "\n"
+
+
+if __name__ == "__main__":
+    path = root / "README.md"
+    if "--check" in sys.argv:
+        if path.read_text() != readme_text():
+            sys.exit("README.md is not in step with nbs/index.ipynb: run `make readme`")
+    else:
+        path.write_text(readme_text())
