@@ -1,0 +1,1 @@
+"""Speed against stated targets: `python -m benchmarks [names]`, or `make bench`."""
