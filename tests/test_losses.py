@@ -1,0 +1,152 @@
+"""Losses: parity with pix2pix's stored numbers, gradients against finite differences, half precision."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medsketch.train.losses import (
+    GAN_LOSSES,
+    gradient_penalty,
+    hinge_d,
+    hinge_g,
+    l1,
+    logistic_d,
+    logistic_g,
+    r1_penalty,
+    wgan_drift,
+)
+
+REFS = Path(__file__).parent / 'refs'
+
+
+@pytest.fixture(scope='module')
+def p2p():
+    with np.load(REFS / 'pix2pix.npz') as f: return {k: torch.from_numpy(f[k]) for k in ('fake', 'real', 'y', 'B', 'd_vanilla', 'g_vanilla', 'd_lsgan', 'g_lsgan', 'l1')}
+
+
+@pytest.mark.parametrize('ours, theirs', [('logistic', 'vanilla'), ('lsgan', 'lsgan')])
+def test_pix2pix_parity(p2p, ours, theirs):
+    d_loss, g_loss = GAN_LOSSES[ours]
+    torch.testing.assert_close(d_loss(p2p['real'], p2p['fake']) / 2, p2p[f'd_{theirs}'], rtol=1e-6, atol=0)  # pix2pix halves D's loss
+    torch.testing.assert_close(g_loss(p2p['fake']), p2p[f'g_{theirs}'], rtol=1e-6, atol=0)
+
+
+def test_l1_parity_and_refusal(p2p):
+    torch.testing.assert_close(l1(p2p['y'], p2p['B']), p2p['l1'], rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r'\(2, 1, 64, 64\)'): l1(p2p['y'][:, :1], p2p['B'])
+
+
+@pytest.mark.parametrize('name', GAN_LOSSES)
+def test_loss_gradients(name):
+    d_loss, g_loss = GAN_LOSSES[name]
+    g = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(5, 1, 3, 3, dtype=torch.float64, generator=g).mul(2).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(d_loss, (real, fake)) and torch.autograd.gradcheck(g_loss, (fake,))
+
+
+@pytest.mark.parametrize('name', GAN_LOSSES)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_averaged_in_float32(name, dtype):
+    d_loss, g_loss = GAN_LOSSES[name]
+    real, fake = (torch.linspace(-9, 9, 5000).roll(k).to(dtype) for k in (0, 7))
+    assert d_loss(real, fake).dtype == g_loss(fake).dtype == torch.float32
+    torch.testing.assert_close(d_loss(real, fake), d_loss(real.float(), fake.float()))
+    torch.testing.assert_close(g_loss(fake), g_loss(fake.float()))
+
+
+@pytest.mark.parametrize('name', GAN_LOSSES)
+def test_real_and_fake_are_averaged_apart(name):
+    d_loss, _ = GAN_LOSSES[name]
+    real, fake = torch.tensor([[.3], [-.2]]), torch.tensor([[.1], [.7], [-.4]])
+    torch.testing.assert_close(d_loss(real, fake), d_loss(real.repeat(3, 1), fake.repeat(2, 1)))
+
+
+def test_no_overflow_and_known_values():
+    big = torch.tensor([3e38])
+    assert torch.isfinite(logistic_d(-big / 2, big / 2)) and logistic_g(big).item() == 0
+    assert logistic_d(torch.zeros(3), torch.zeros(3)).item() == pytest.approx(2 * np.log(2))
+    assert hinge_d(torch.tensor([.5]), torch.tensor([-.25])).item() == pytest.approx(1.25)
+    assert hinge_g(torch.tensor([2.])).item() == -2
+    assert wgan_drift(torch.tensor([3., -4.])).item() == pytest.approx(.0125)
+
+
+class Small(torch.nn.Module):
+    "A conditional discriminator, smooth and with two patch logits, in float64"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = torch.nn.Conv2d(3, 4, 3, padding=1).double(), torch.nn.Conv2d(4, 1, (4, 2)).double()
+    def forward(self, x, condition): return self.b(torch.tanh(self.a(torch.cat([condition, x], 1))))
+
+
+@pytest.fixture
+def conditional():
+    g = torch.Generator().manual_seed(2)
+    real, fake = (torch.randn(3, 2, 4, 3, dtype=torch.float64, generator=g) for _ in range(2))
+    sketch = torch.rand(3, 1, 4, 3, dtype=torch.float64, generator=g)
+    return Small(), real, fake, sketch
+
+
+def slope_sq(D, x, h=1e-5):
+    "Squared input gradient per image by central differences"
+    out = torch.zeros(len(x), dtype=x.dtype)
+    for i in range(x[0].numel()):
+        e = torch.zeros_like(x).flatten(1); e[:, i] = h; e = e.view_as(x)
+        out += ((D(x + e) - D(x - e)).flatten(1).sum(1).detach() / (2*h))**2
+    return out
+
+
+def test_penalties_by_finite_differences(conditional):
+    D, real, fake, sketch = conditional
+    given = lambda x: D(x, sketch)
+    torch.testing.assert_close(r1_penalty(given, real).detach(), slope_sq(given, real).mean(), rtol=1e-6, atol=0)
+    mix = torch.tensor([0., .3, 1.], dtype=torch.float64)
+    between = torch.stack([real[0], .7*real[1] + .3*fake[1], fake[2]])
+    want = (slope_sq(given, between).sqrt() - 1).square().mean()
+    torch.testing.assert_close(gradient_penalty(given, real, fake, mix).detach(), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize('kind', ['r1', 'gp'])
+def test_penalties_differentiate_twice(conditional, kind):
+    D, real, fake, sketch = conditional
+    mix = torch.tensor([.1, .5, .8], dtype=torch.float64)
+    given = lambda x: D(x, sketch)
+    value = lambda: r1_penalty(given, real) if kind == 'r1' else gradient_penalty(given, real, fake, mix, target=.5)
+    value().backward()
+    w, h = D.a.weight, 1e-5
+    got = w.grad[1, 2, 0, 1].item()
+    with torch.no_grad(): w[1, 2, 0, 1] += h
+    up = value().item()
+    with torch.no_grad(): w[1, 2, 0, 1] -= 2*h
+    assert got == pytest.approx((up - value().item()) / (2*h), rel=1e-5) and got != 0
+
+
+def test_flat_critic_gives_no_nan():
+    w = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    penalty = gradient_penalty(lambda x: (x*w).sum((1, 2, 3)), torch.ones(2, 2, 4, 4), torch.zeros(2, 2, 4, 4))
+    penalty.backward()
+    assert penalty.item() == pytest.approx(1, abs=1e-5) and torch.isfinite(w.grad).all()
+
+
+def test_gradient_penalty_leaves_the_generator_alone():
+    D, fake = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32, 1)), torch.randn(2, 2, 4, 4, requires_grad=True)
+    gradient_penalty(D, torch.randn(2, 2, 4, 4), fake).backward()
+    assert fake.grad is None and D[1].weight.grad.abs().sum() > 0
+
+
+def test_penalty_under_autocast():
+    torch.manual_seed(0)
+    D = torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.Softplus(), torch.nn.Flatten(), torch.nn.Linear(32, 1))
+    x = torch.randn(4, 2, 4, 4)
+    exact = r1_penalty(D, x)
+    with torch.autocast('cpu', torch.bfloat16): half = r1_penalty(D, x)
+    half.backward()
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(exact.item(), rel=.05)
+    assert torch.isfinite(D[0].weight.grad).all()
+
+
+def test_gradient_penalty_refuses_what_does_not_pair():
+    x = torch.zeros(3, 1, 4, 4)
+    with pytest.raises(ValueError, match='one to one'): gradient_penalty(None, x, x[:2])
+    with pytest.raises(ValueError, match='mix has 2 factors for 3 images'): gradient_penalty(None, x, x, torch.zeros(2))
