@@ -1,0 +1,196 @@
+"""MS-SSIM and SWD against the stored reference values, on odd input, and in bounded memory."""
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medsketch.core import from_uint8, to_uint8
+from medsketch.evaluate import metrics
+from medsketch.evaluate.metrics import (
+    cut_patches,
+    laplacian_pyramid,
+    ms_ssim,
+    ms_ssim_pairs,
+    ms_ssim_sets,
+    sliced_distance,
+    standardise,
+    swd,
+)
+
+REFS = Path(__file__).parent / 'refs'
+
+
+def load(name):
+    with np.load(REFS / f'{name}.npz') as f: return {k: f[k] for k in f.files}
+
+
+@pytest.fixture(scope='module')
+def mref(): return load('msssim')
+
+
+@pytest.fixture(scope='module')
+def sref(): return load('swd')
+
+
+def batch(a): return from_uint8(a.transpose(0, 2, 3, 1))
+
+
+def noise(n=6, c=3, size=32, seed=0): return torch.rand(n, c, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# ---- MS-SSIM ---------------------------------------------------------------------------------
+
+def test_ms_ssim_parity(mref):
+    a, b = batch(mref['a']), batch(mref['b'])
+    for i, want in enumerate(mref['tm_msssim']): assert ms_ssim(a[i:i + 1], b[i:i + 1]) == pytest.approx(want, rel=1e-4)
+    assert ms_ssim(a, b) == pytest.approx(mref['tm_msssim'].mean(), rel=1e-4)
+
+
+def test_ms_ssim_parity_of_a_side_that_is_no_power_of_two(mref):
+    a, b = batch(mref['a'])[..., :251, :237], batch(mref['b'])[..., :251, :237]
+    assert ms_ssim(a, b) == pytest.approx(mref['tm_msssim_odd'].mean(), rel=1e-4)
+
+
+def test_score_of_a_pair_does_not_depend_on_the_batch(mref):
+    a, b = batch(mref['a']), batch(mref['b'])
+    flat = a * .1                      # a batch's own range would differ for these
+    mixed = ms_ssim(torch.cat([a[:1], flat]), torch.cat([b[:1], b * .1]))
+    apart = [ms_ssim(x, y) for x, y in ((a[:1], b[:1]), (flat[:1], b[:1] * .1), (flat[1:], b[1:] * .1))]
+    assert mixed == pytest.approx(np.mean(apart), rel=1e-5)
+
+
+def test_chunks_do_not_change_the_mean_and_bound_the_batch(monkeypatch):
+    x, y = noise(12, 3, 128), noise(12, 3, 128, seed=1) * .3
+    y = x * .7 + y
+    inner, seen = metrics._torchmetrics_ms_ssim, []
+    monkeypatch.setattr(metrics, '_torchmetrics_ms_ssim', lambda a, b, **k: (seen.append(a.numel()), inner(a, b, **k))[1])
+    with pytest.warns(UserWarning, match='4 of its 5 scales'): streamed = ms_ssim(x, y)
+    assert len(seen) > 1 and max(seen) <= 2**18
+    weights = tuple(w / sum(metrics._WEIGHTS[:4]) for w in metrics._WEIGHTS[:4])
+    whole = inner((x + 1) / 2, (y.clamp(-1, 1) + 1) / 2, data_range=1., betas=weights)
+    assert streamed == pytest.approx(whole.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('size, scales', [(16, 1), (32, 2), (64, 3), (128, 4)])
+def test_small_images_use_fewer_scales_and_say_so(size, scales):
+    x = noise(2, 1, size)
+    with pytest.warns(UserWarning, match=f'{scales} of its 5 scales') as w: assert ms_ssim(x, x) == pytest.approx(1, abs=1e-5)
+    assert w[0].filename == __file__   # the warning points at the caller
+    with pytest.raises(ValueError, match='at least 16 px'): ms_ssim(x[..., :8], x[..., :8])
+
+
+def test_large_images_warn_of_nothing():
+    x = noise(1, 1, 256)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert ms_ssim(x, -x) == 0     # anticorrelated
+
+
+def test_pairs_and_sets():
+    x = noise(5, 1, 32)
+    same = x[:1].repeat(5, 1, 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert ms_ssim_pairs(same, 7) == pytest.approx(1, abs=1e-5)
+        assert ms_ssim_pairs(x, 50) < .5   # never an image with itself
+        assert ms_ssim_sets(x, x[:3], 8, seed=1) == ms_ssim_sets(x, x[:3], 8, seed=1) != ms_ssim_sets(x, x[:3], 8, seed=2)
+        assert ms_ssim_sets(same, same[:2], 9) == pytest.approx(1, abs=1e-5)
+
+
+def test_pairs_never_join_an_image_with_itself_and_use_all(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(metrics, '_ms_ssim_streamed', lambda x, y, i, j: drawn.update(i=i, j=j) or 0.)
+    ms_ssim_pairs(noise(7), 70)
+    assert (drawn['i'] != drawn['j']).all() and (drawn['i'].bincount() == 10).all() and drawn['j'].max() == 6
+    ms_ssim_sets(noise(7), noise(3), 21)
+    assert (drawn['i'].bincount() == 3).all() and (drawn['j'].bincount() == 7).all()
+
+
+# ---- SWD -------------------------------------------------------------------------------------
+
+def test_pyramid_and_patches(sref):
+    for n in range(2):
+        levels = laplacian_pyramid(sref['pyr_in'][n].transpose(1, 2, 0))
+        assert [v.shape for v in levels] == [(64, 64, 3), (32, 32, 3), (16, 16, 3)]
+        for i, v in enumerate(levels): np.testing.assert_allclose(v.transpose(2, 0, 1), sref[f'pyr{i}'][n], rtol=1e-4, atol=1e-3)
+        here = slice(8*n, 8*n + 8)
+        patches = cut_patches(levels[0], sref['desc_y'][here], sref['desc_x'][here])
+        np.testing.assert_allclose(patches.transpose(0, 1, 3, 2), sref['desc'][here], rtol=1e-4, atol=1e-3)  # the reference stores columns first
+
+
+def test_sliced_distance(sref):
+    a, b = standardise(sref['patches_a']), standardise(sref['patches_b'])
+    assert sliced_distance(a, b, np.random.RandomState(3), repeats=1) == pytest.approx(sref['swd_first_repeat'], rel=1e-4)
+    assert sliced_distance(a, b, np.random.RandomState(3)) == pytest.approx(sref['swd_given_dirs'], rel=1e-4)
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_whole_metric(sref, seed):
+    got = swd(batch(sref['real']), batch(sref['fake']), seed)
+    assert list(got) == ['64', '32', '16', 'mean']
+    assert (np.abs(np.array(list(got.values())) - sref['seeds_mean']) < 4 * sref['seeds_std']).all(), (got, sref['seeds_mean'])
+
+
+def test_floor(sref):
+    got = swd(batch(sref['real']), batch(sref['real']))
+    np.testing.assert_allclose(list(got.values()), sref['self_mean'], rtol=.2)
+
+
+def test_swd_is_repeatable_and_changes_nothing(sref):
+    real, fake = batch(sref['real'][:4]), batch(sref['fake'][:4])
+    kept = real.clone()
+    assert swd(real, fake, 5) == swd(real, fake, 5) != swd(real, fake, 6)
+    assert torch.equal(real, kept)
+
+
+def test_swd_sees_8_bit_pixels(sref):
+    real, fake = batch(sref['real'][:4]), batch(sref['fake'][:4])
+    assert (to_uint8(real + .001) == to_uint8(real)).all()
+    assert swd(real, fake) == swd((real + .001).clamp(-1, 1), fake)
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_any_number_of_channels(channels):
+    got = swd(noise(3, channels), noise(3, channels, seed=1))
+    assert list(got) == ['32', '16', 'mean'] and 0 < got['mean'] < 200
+
+
+def test_constant_images_score_badly_but_finitely():
+    flat = torch.full((3, 3, 32, 32), .5)
+    got = swd(noise(3), flat)
+    assert all(np.isfinite(v) for v in got.values()) and got['mean'] > 500
+    assert swd(flat, flat)['mean'] == 0
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+good = noise(4)
+
+
+@pytest.mark.parametrize('metric', [swd, ms_ssim, ms_ssim_sets])
+@pytest.mark.parametrize('bad, says', [
+    (good * 255, 'images run from -1 to 1'),
+    (torch.full_like(good, float('inf')), 'images run from -1 to 1'),
+    (good.where(good < .9, float('nan')), 'contains NaN'),
+    (good[:0], 'has 0 images'),
+    (good[0], r'float image batch'),
+    (good.byte(), 'uint8'),
+    (good[:, :1], 'one size and number of channels'),
+    (good[..., :16, :16], 'one size and number of channels'),
+])
+def test_refusals(metric, bad, says):
+    for args in ((good, bad), (bad, good)):
+        with pytest.raises(ValueError, match=says) as e: metric(*args)
+        assert '\n' not in str(e.value)
+
+
+def test_refusals_of_one_metric():
+    with pytest.raises(ValueError, match='4 images and y 3'): ms_ssim(good, good[:3])
+    with pytest.raises(ValueError, match='take 3 of each'): swd(good, good[:3])
+    with pytest.raises(ValueError, match='square'): swd(good[..., :16], good[..., :16])
+    with pytest.raises(ValueError, match='nearest is 32'): swd(good[..., :24, :24], good[..., :24, :24])
+    with pytest.raises(ValueError, match='16'): swd(good[..., :8, :8], good[..., :8, :8])
+    with pytest.raises(ValueError, match='at least 2'): ms_ssim_pairs(good[:1])
+    with pytest.raises(ValueError, match='n_pairs'): ms_ssim_sets(good, good, 0)
