@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Growth', 'grow_reals']
 
-# %% ../../nbs/train/11_growth.ipynb #a7de128e
+# %% ../../nbs/train/11_growth.ipynb #f8b5a6d0
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..core import check_size
 
-# %% ../../nbs/train/11_growth.ipynb #e82a92c2
+# %% ../../nbs/train/11_growth.ipynb #3ebe03a8
 @dataclass
 class Growth:
     "The resolution and fade alpha of every step: at each resolution after the first, fade, then settle"
@@ -58,7 +58,7 @@ class Growth:
         alpha = 1. if s == self.start or ramp == 0 else min(1., (step + 1) / ramp)
         return s, alpha, self._get('batch_size', s)
 
-# %% ../../nbs/train/11_growth.ipynb #15508a86
+# %% ../../nbs/train/11_growth.ipynb #8a6e8f16
 def grow_reals(
     x:torch.Tensor, # (N, C, H, W) real images at full resolution
     size:int, # current resolution

@@ -6,18 +6,18 @@
 __all__ = ['GAN_LOSSES', 'logistic_d', 'logistic_g', 'wgan_d', 'wgan_g', 'wgan_drift', 'hinge_d', 'hinge_g', 'lsgan_d', 'lsgan_g',
            'r1_penalty', 'gradient_penalty', 'l1']
 
-# %% ../../nbs/train/10_losses.ipynb #7cd58700
+# %% ../../nbs/train/10_losses.ipynb #810c9aeb
 import torch
 import torch.nn.functional as F
 
-# %% ../../nbs/train/10_losses.ipynb #a9106319
+# %% ../../nbs/train/10_losses.ipynb #76eabb4e
 def _full(
     x:torch.Tensor, # logits, images or gradients of any floating type
 ) -> torch.Tensor: # the same in float32; float64 stays as it is
     "Bring half precision to float32, so that sums and means keep their digits"
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-# %% ../../nbs/train/10_losses.ipynb #256e3b54
+# %% ../../nbs/train/10_losses.ipynb #0b0e712b
 def logistic_d(
     real:torch.Tensor, # logits of real images, any shape
     fake:torch.Tensor, # logits of generated images, any shape
@@ -31,7 +31,7 @@ def logistic_g(
     "Non-saturating logistic loss of the generator"
     return F.softplus(-_full(fake)).mean()
 
-# %% ../../nbs/train/10_losses.ipynb #2bca30cc
+# %% ../../nbs/train/10_losses.ipynb #5fe2df76
 def wgan_d(
     real:torch.Tensor, # scores of real images, any shape
     fake:torch.Tensor, # scores of generated images, any shape
@@ -45,7 +45,7 @@ def wgan_g(
     "Wasserstein loss of the generator"
     return -_full(fake).mean()
 
-# %% ../../nbs/train/10_losses.ipynb #72e2870d
+# %% ../../nbs/train/10_losses.ipynb #91ece696
 def wgan_drift(
     real:torch.Tensor, # scores of real images, any shape
     eps:float=.001, # weight of the term (progressive GAN: 0.001)
@@ -53,7 +53,7 @@ def wgan_drift(
     "The progressive GAN's drift term: keeps the critic's scores from wandering off together"
     return eps * _full(real).square().mean()
 
-# %% ../../nbs/train/10_losses.ipynb #44358ad1
+# %% ../../nbs/train/10_losses.ipynb #5199d47e
 def hinge_d(
     real:torch.Tensor, # logits of real images, any shape
     fake:torch.Tensor, # logits of generated images, any shape
@@ -67,7 +67,7 @@ def hinge_g(
     "Hinge loss of the generator (the same as `wgan_g`)"
     return wgan_g(fake)
 
-# %% ../../nbs/train/10_losses.ipynb #5d1535d1
+# %% ../../nbs/train/10_losses.ipynb #c682efcb
 def lsgan_d(
     real:torch.Tensor, # outputs for real images, any shape; the target is 1
     fake:torch.Tensor, # outputs for generated images, any shape; the target is 0
@@ -81,11 +81,11 @@ def lsgan_g(
     "Least-squares loss of the generator"
     return (_full(fake) - 1).square().mean()
 
-# %% ../../nbs/train/10_losses.ipynb #2724c01a
+# %% ../../nbs/train/10_losses.ipynb #d79a1ba2
 GAN_LOSSES = dict(logistic=(logistic_d, logistic_g), wgan=(wgan_d, wgan_g),
                   hinge=(hinge_d, hinge_g), lsgan=(lsgan_d, lsgan_g))
 
-# %% ../../nbs/train/10_losses.ipynb #9b1209a8
+# %% ../../nbs/train/10_losses.ipynb #3e375ac8
 def _input_grad_sq(
     D, # callable: images -> logits
     x:torch.Tensor, # (N, C, H, W) images
@@ -102,7 +102,7 @@ def r1_penalty(
     "R1: the mean squared length of D's gradient at real images"
     return _input_grad_sq(D, real).mean()
 
-# %% ../../nbs/train/10_losses.ipynb #daa311ce
+# %% ../../nbs/train/10_losses.ipynb #61819bff
 def gradient_penalty(
     D, # callable: images (N, C, H, W) -> scores; for a conditional network `lambda x: D(x, sketch)`
     real:torch.Tensor, # (N, C, H, W) real images in [-1, 1]
@@ -118,7 +118,7 @@ def gradient_penalty(
     slope = (_input_grad_sq(D, real + (fake - real) * m) + 1e-12).sqrt()
     return (slope - target).square().mean()
 
-# %% ../../nbs/train/10_losses.ipynb #b9ad7d10
+# %% ../../nbs/train/10_losses.ipynb #a7975c21
 def l1(
     x:torch.Tensor, # rendered images, any shape
     y:torch.Tensor, # true images, the same shape

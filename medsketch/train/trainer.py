@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Phase', 'Callback', 'rng_state', 'set_rng_state', 'make_accelerator', 'Trainer']
 
-# %% ../../nbs/train/12_trainer.ipynb #5d71fd35
+# %% ../../nbs/train/12_trainer.ipynb #ad489268
 import os
 import random
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from torch import nn
 
 from ..core import keep_memory, seed_everything
 
-# %% ../../nbs/train/12_trainer.ipynb #43cb1b1f
+# %% ../../nbs/train/12_trainer.ipynb #342b0a35
 @dataclass
 class Phase:
     "One kind of update: a loss, the optimiser that follows it, and how often"
@@ -29,7 +30,7 @@ class Phase:
     opt:torch.optim.Optimizer # its parameters learn in this phase, all others are frozen
     every:int=1 # run on every k-th step (lazy regularisation)
 
-# %% ../../nbs/train/12_trainer.ipynb #ba9adee0
+# %% ../../nbs/train/12_trainer.ipynb #e44738ed
 class Callback:
     "Something that happens around steps; every method may be left out"
     def before_fit(self, trainer): "Once, before the first step (after a resume, if there is one)"
@@ -42,7 +43,7 @@ class Callback:
         return {}
     def load_state_dict(self, state:dict): "Take up a remembered state"
 
-# %% ../../nbs/train/12_trainer.ipynb #3bfdf308
+# %% ../../nbs/train/12_trainer.ipynb #f76f7fde
 def rng_state() -> dict:
     "The state of Python's, NumPy's and PyTorch's random generators, as tensors and numbers"
     name, keys, pos, has_gauss, cached = np.random.get_state()
@@ -56,22 +57,21 @@ def set_rng_state(state:dict):
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
     name, keys, pos, has_gauss, cached = state['numpy']
-    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), pos, has_gauss, cached))
     torch.set_rng_state(state['torch'].cpu())
     if torch.cuda.is_available() and len(state['cuda']) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
 
-# %% ../../nbs/train/12_trainer.ipynb #d29762fc
+# %% ../../nbs/train/12_trainer.ipynb #324e7d92
 def make_accelerator(
     mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
-    accumulate:int=1, # batches per optimiser step
 ) -> Accelerator:
-    "An accelerator with these settings, whatever an earlier one in this process was set to"
+    "An accelerator with this setting, whatever an earlier one in this process was set to"
     if os.environ.get('ACCELERATE_MIXED_PRECISION') and mixed_precision == 'no': mixed_precision = None  # from `accelerate launch`
     AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+    return Accelerator(mixed_precision=mixed_precision)
 
-# %% ../../nbs/train/12_trainer.ipynb #b9503c93
+# %% ../../nbs/train/12_trainer.ipynb #c706aaf5
 def _average_gradients(accelerator, params):
     "Mean of the gradients over all processes, in one transfer"
     grads = [p.grad for p in params if p.grad is not None]
@@ -91,8 +91,8 @@ class Trainer:
                  accumulate:int=1, # batches per optimiser step: a large batch on a small device
                 ):
         keep_memory()
-        self.accelerator = acc = make_accelerator(mixed_precision, accumulate)
-        self.device, self.accumulate = acc.device, accumulate
+        self.accelerator = acc = make_accelerator(mixed_precision)
+        self.device, self.seed, self.accumulate = acc.device, seed, accumulate
         self.nets = SimpleNamespace(**{k: n.to(acc.device, memory_format=torch.channels_last).train() for k, n in nets.items()})
         self.params = [p for n in nets.values() for p in n.parameters()]
         opts = {id(p.opt): acc.prepare_optimizer(p.opt) for p in phases}
@@ -107,9 +107,11 @@ class Trainer:
             steps:int, # train until this many steps have been made in all
            ):
         "Train. A callback may raise to stop; whatever happens, `close` is called"
-        self.total = steps
+        self.total, learns = steps, [p.requires_grad for p in self.params]
+        for p in self.params: p.grad = None  # what an interrupted step, or the caller, left behind
         try:
             self._call('before_fit')
+            self._agree()
             batches = iter(self.data)
             while self.step < steps:
                 self._call('before_step')
@@ -117,33 +119,41 @@ class Trainer:
                 self._call('after_step')
             self._call('after_fit')
         finally:
-            for p in self.params: p.requires_grad_(True)
+            for p, was in zip(self.params, learns): p.requires_grad_(was)
             self._call('close')
 
     def _call(self, event):
         for cb in self.callbacks: getattr(cb, event)(self)
 
+    @torch.no_grad()
+    def _agree(self):
+        "Several processes begin with the first one's weights"
+        if self.accelerator.num_processes == 1: return
+        for n in vars(self.nets).values():
+            for t in n.state_dict().values(): t.copy_(broadcast(t.contiguous()))
+
     def _step(self, batches):
         "One optimiser step of every phase that is due"
-        for _ in range(self.accumulate):
-            with self.accelerator.accumulate():
-                batch = self._to_device(next(batches))
-                for phase in self.phases:
-                    if self.step % phase.every == 0: self._run(phase, batch)
-                self.images += len(next(iter(batch.values()))) * self.accelerator.num_processes
+        parts = [self._to_device(next(batches)) for _ in range(self.accumulate)]
+        for phase in self.phases:
+            if self.step % phase.every == 0: self._run(phase, parts)
+        self.images += sum(len(next(iter(b.values()))) for b in parts) * self.accelerator.num_processes
         self.step += 1
 
-    def _run(self, phase, batch):
-        "Loss, backward, optimiser of one phase"
+    def _run(self, phase, parts):
+        "Loss and backward on every part of the batch, then the optimiser, of one phase"
         own = {id(p) for g in phase.opt.param_groups for p in g['params']}
         for p in self.params: p.requires_grad_(id(p) in own)
-        with self.accelerator.autocast(): terms = phase.loss(self.nets, batch)
-        if not isinstance(terms, dict): terms = {'': terms}
-        self.accelerator.backward(sum(terms.values()))
-        if self.accelerator.sync_gradients: _average_gradients(self.accelerator, [p for p in self.params if id(p) in own])
+        total = {}
+        for batch in parts:
+            with self.accelerator.autocast(): terms = phase.loss(self.nets, batch)
+            if not isinstance(terms, dict): terms = {'': terms}
+            self.accelerator.backward(sum(terms.values()) / len(parts))
+            total = {k: total.get(k, 0) + v.detach() / len(parts) for k, v in terms.items()}
+        _average_gradients(self.accelerator, [p for p in self.params if id(p) in own])
         phase.opt.step()
         phase.opt.zero_grad()
-        self.losses |= {f'{phase.name}_{k}' if k else phase.name: v.detach() for k, v in terms.items()}
+        self.losses |= {f'{phase.name}_{k}' if k else phase.name: v for k, v in total.items()}
 
     def _to_device(self, batch):
         def move(v):
@@ -154,7 +164,7 @@ class Trainer:
     def state_dict(self) -> dict:
         "Everything needed to go on as if nothing had happened"
         scaler = self.accelerator.scaler
-        return dict(step=self.step, images=self.images, rng=rng_state(), position=getattr(self.data, 'position', None),
+        return dict(step=self.step, images=self.images, losses=dict(self.losses), rng=rng_state(), position=getattr(self.data, 'position', None),
                     nets={k: n.state_dict() for k, n in vars(self.nets).items()},
                     opts=[o.state_dict() for o in self.opts], scaler=scaler.state_dict() if scaler else None,
                     callbacks={type(c).__name__: s for c in self.callbacks if (s := c.state_dict())})
@@ -166,6 +176,7 @@ class Trainer:
         for c in self.callbacks:
             if type(c).__name__ in state['callbacks']: c.load_state_dict(state['callbacks'][type(c).__name__])
         if self.accelerator.scaler and state['scaler']: self.accelerator.scaler.load_state_dict(state['scaler'])
-        self.step, self.images = state['step'], state['images']
+        self.step, self.images, self.losses = state['step'], state['images'], dict(state['losses'])
         if state['position'] is not None: self.data.position = state['position']
-        set_rng_state(state['rng'])
+        if self.accelerator.is_main_process: set_rng_state(state['rng'])
+        else: seed_everything(hash((self.seed, self.accelerator.process_index, self.step)))  # noise of its own again
