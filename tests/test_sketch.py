@@ -1,0 +1,178 @@
+"Sketches: both paths agree, vessels are found on real photographs, rims are not drawn, files and bad input"
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from medsketch.core import from_uint8
+from medsketch.phantoms import PHANTOMS, phantom
+from medsketch.readers import image_to_square
+from medsketch.sketch import (
+    METHODS,
+    STYLES,
+    SketchStyle,
+    add_sketches,
+    canny_sketch,
+    contour_sketch,
+    get_style,
+    sketch_file,
+    sobel_sketch,
+    sobel_sketch_batch,
+    sobel_sketch_torch,
+)
+
+DATA = Path(os.environ.get('MEDSKETCH_DATA', Path(__file__).parents[2]/'shared/data'))
+CHASE = DATA/'retina/chasedb1'
+REAL = {'fundus': 'retina/hrf', 'chest_xray': 'chest_xray/mhh_covid', 'lung_ct': 'ct/lung_pet_ct_dx', 'brain_mri': 'brain_mri/brisc2025',
+        'ultrasound': 'ultrasound/busi', 'generic': 'endoscopy/kvasir_seg'}
+needs_data = pytest.mark.skipif(not CHASE.exists(), reason=f"no real images at {DATA} (MEDSKETCH_DATA names another place)")
+near = lambda a: cv2.dilate(a.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+read = lambda path, size: image_to_square(np.asarray(Image.open(path).convert('RGB')), size, 'letterbox')
+
+def gaps(images, style):
+    "Largest difference of the soft, share of differing pixels of the binary sketches"
+    out = []
+    for binary in (False, True):
+        s = replace(STYLES[style], binary=binary)
+        a, b = np.stack([sobel_sketch(i, s) for i in images]), sobel_sketch_torch(torch.stack([torch.as_tensor(i) for i in images]), s)
+        d = np.abs(a - b[:, 0].numpy())
+        assert .005 < a.mean() < .4, (style, a.mean()) # something is drawn, and not everything
+        out.append(d.mean() if binary else d.max())
+    return out
+
+@pytest.mark.parametrize('style', list(STYLES))
+@pytest.mark.parametrize('size', [32, 64, 256, 512])
+def test_paths_agree_on_phantoms(style, size):
+    kind = style if style in PHANTOMS else 'fundus'
+    soft, binary = gaps([phantom(kind, size, seed=s)['image'] for s in range(2)], style)
+    assert soft <= 1e-3 and binary <= 1e-3
+
+@needs_data
+@pytest.mark.parametrize('style', list(STYLES))
+@pytest.mark.parametrize('size', [128, 256])
+def test_paths_agree_on_real_images(style, size):
+    files = sorted((DATA/REAL[style]/'images').iterdir())[::6][:4]
+    soft, binary = gaps([from_uint8(read(f, size)) for f in files], style)
+    assert soft <= 1e-3 and binary <= 1e-3
+
+def chase_scores(size, cover=.5):
+    "Mean recall and precision over CHASE_DB1; a pixel is vessel if `cover` of its area is"
+    recall, precision = [], []
+    for f in sorted((CHASE/'images').iterdir()):
+        vessel = image_to_square(np.asarray(Image.open(CHASE/'masks'/f'{f.stem}.png').convert('L')), size, 'letterbox') >= cover * 255
+        drawn = sobel_sketch(read(f, size), 'fundus') > 0
+        recall.append((vessel & near(drawn)).sum() / vessel.sum())
+        precision.append((drawn & near(vessel)).sum() / drawn.sum())
+    assert len(recall) == 20
+    return np.mean(recall), np.mean(precision)
+
+@needs_data
+@pytest.mark.parametrize('size,cover,least', [(256, .5, (.80, .80)), (256, .25, (.75, .80)), (128, .5, (.80, .75)), (512, .5, (.68, .66))])
+def test_vessels_of_chase_are_found(size, cover, least):
+    recall, precision = chase_scores(size, cover)
+    assert recall >= least[0] and precision >= least[1], (recall, precision)
+
+@needs_data
+def test_strokes_hold_together():
+    drawn = [(sobel_sketch(read(f, 256), 'fundus') > 0).astype(np.uint8) for f in sorted((CHASE/'images').iterdir())]
+    areas = [cv2.connectedComponentsWithStats(d)[2][1:, cv2.CC_STAT_AREA] for d in drawn]
+    assert np.mean([len(a) for a in areas]) < 45
+    assert np.mean([a[a < 8].sum() / a.sum() for a in areas]) < .02 # ink in specks
+
+@pytest.mark.parametrize('size', [64, 256, 512])
+def test_rim_of_the_field_is_not_drawn(size):
+    yy, xx = np.mgrid[:size, :size] / size - .5
+    disc = (np.hypot(yy, xx) < .45)[..., None] * np.array([200, 110, 40], np.uint8)
+    disc = disc + (np.abs(yy) < 3 / 256)[..., None] * (disc > 0) * np.array([-40, -60, 0])
+    s = sobel_sketch(disc.astype(np.uint8), 'fundus')
+    assert s[np.abs(yy) > .05].max() == 0 # nothing but the vessel in the middle
+    assert s[size // 2, int(size * .15):int(size * .85)].mean() > .95
+    unmasked = sobel_sketch(disc.astype(np.uint8), replace(STYLES['fundus'], field=None))
+    assert unmasked[np.abs(yy) > .05].max() == 1
+
+def test_sizes_draw_the_same_structures():
+    small = [sobel_sketch(phantom('fundus', n, seed=1)['image'], 'fundus') for n in (128, 256, 512)]
+    small = [cv2.resize(s, (64, 64), interpolation=cv2.INTER_AREA).ravel() for s in small]
+    assert min(np.corrcoef(small)[np.triu_indices(3, 1)]) > .7
+
+def test_batch_is_the_single_path_on_cpu_and_deterministic():
+    x = torch.stack([phantom('fundus', 64, seed=s)['image'] for s in range(3)])
+    out = sobel_sketch_batch(x, 'fundus')
+    assert out.shape == (3, 1, 64, 64) and out.dtype == torch.float32
+    assert torch.equal(out, sobel_sketch_batch(x, 'fundus'))
+    assert np.array_equal(out[1, 0].numpy(), sobel_sketch(x[1], 'fundus'))
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize('style', list(STYLES))
+def test_paths_agree_on_the_gpu(style):
+    kind = style if style in PHANTOMS else 'fundus'
+    x = torch.stack([phantom(kind, 256, seed=s)['image'] for s in range(4)])
+    out = sobel_sketch_batch(x.cuda(), style)
+    assert out.is_cuda
+    assert (out.cpu() - sobel_sketch_batch(x, style)).abs().mean() <= 1e-3
+
+@pytest.mark.parametrize('image', [np.zeros((64, 64), np.uint8), np.full((64, 64, 3), 255, np.uint8), torch.zeros(4, 32, 32)])
+@pytest.mark.parametrize('style', list(STYLES))
+def test_empty_images_give_empty_sketches(image, style):
+    assert sobel_sketch(image, style).max() == 0
+
+@pytest.mark.parametrize('call,message', [
+    (lambda: sobel_sketch(np.zeros((100, 100), np.uint8)), 'nearest is 128'),
+    (lambda: sobel_sketch(np.zeros((64, 32), np.uint8)), 'square'),
+    (lambda: sobel_sketch(np.zeros((64, 64))), 'uint8'),
+    (lambda: sobel_sketch_batch(torch.zeros(3, 64, 64)), 'N, C, H, W'),
+    (lambda: sobel_sketch_torch(torch.zeros(1, 3, 100, 100)), 'nearest is 128'),
+    (lambda: get_style('retina'), 'use one of'),
+    (lambda: get_style(SketchStyle(side='left')), "'dark'"),
+    (lambda: get_style(SketchStyle(softness=0)), 'softness'),
+    (lambda: canny_sketch(np.zeros((64, 64), np.uint8), 9, 3), 'above high'),
+    (lambda: contour_sketch(np.zeros((64, 64), np.float32)), 'class ids'),
+    (lambda: contour_sketch(np.zeros((64, 64), np.uint8), 0), 'width'),
+])
+def test_errors_say_what_to_do(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+def test_contours_stand_where_classes_meet():
+    m = np.zeros((32, 32), np.int64)
+    m[8:24, 8:16], m[8:24, 16:24] = 1, 300
+    c = contour_sketch(m)
+    assert c[12, 8] == c[12, 16] == c[12, 24] == 1 and c[12, 12] == 0
+    assert np.array_equal(c, contour_sketch(torch.from_numpy(m)))
+    assert contour_sketch(m, 3).sum() > 2 * c.sum()
+    assert contour_sketch(np.full((16, 16), 3)).sum() == 0
+
+def test_canny_finds_an_edge():
+    a = np.zeros((64, 64), np.uint8)
+    a[:, 32:] = 120
+    assert canny_sketch(a)[:, 29:35].any(1).all()
+    assert canny_sketch(a)[:, :24].max() == 0
+
+@pytest.mark.parametrize('method', METHODS)
+def test_files_become_dark_strokes_on_white(tmp_path, method):
+    p = phantom('fundus', 256, seed=3)
+    if method == 'contour': Image.fromarray(p['mask'].numpy().astype(np.uint8)[:200]).save(tmp_path/'in.png')
+    else: Image.fromarray(((p['image'].movedim(0, -1).numpy() + 1) * 127.5).astype(np.uint8)[:200]).save(tmp_path/'in.png')
+    sketch_file(tmp_path/'in.png', tmp_path/'deep/out.png', method, 'fundus', size=128)
+    s = np.asarray(Image.open(tmp_path/'deep/out.png'))
+    assert s.shape == (128, 128) and s.dtype == np.uint8
+    assert np.median(s) == 255 and s.min() == 0
+    assert (s[:8] == 255).all() # the padding is paper
+
+class Pictures:
+    "As much of an ImageData as `add_sketches` asks for"
+    size, channels, masks = 64, 3, None
+    def __init__(self, images): self.images, self.sketches = images, None
+    def __len__(self): return len(self.images)
+
+def test_a_data_set_is_drawn_once_and_left_as_it_was():
+    x = torch.stack([phantom('fundus', 64, seed=s)['image'] for s in range(3)])
+    ds = Pictures(((x + 1) * 127.5).round().to(torch.uint8).numpy())
+    out = add_sketches(ds, style='fundus')
+    assert ds.sketches is None and out.sketches.shape == (3, 64, 64) and set(np.unique(out.sketches)) == {0, 255}
+    with pytest.raises(ValueError, match='need masks'): add_sketches(ds, method='contour')
+    with pytest.raises(ValueError, match='unknown sketch method'): add_sketches(ds, method='pencil')
