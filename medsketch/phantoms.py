@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHANTOMS', 'Phantom', 'shrink_mask', 'phantom']
 
-# %% ../nbs/01_phantoms.ipynb #46d615f9
+# %% ../nbs/01_phantoms.ipynb #c1846fd7
 import zlib
 from dataclasses import dataclass
 from typing import Callable
@@ -20,7 +20,7 @@ from .anatomy.fundus import draw_fundus
 from .anatomy.lung_ct import draw_lung_ct
 from .core import PALETTE, check_size
 
-# %% ../nbs/01_phantoms.ipynb #3ea11548
+# %% ../nbs/01_phantoms.ipynb #38dbffa4
 @dataclass(frozen=True)
 class Phantom:
     "What there is to know about one kind of phantom"

@@ -6,7 +6,7 @@
 __all__ = ['ms_ssim', 'ms_ssim_sets', 'ms_ssim_pairs', 'laplacian_pyramid', 'cut_patches', 'standardise', 'sliced_distance',
            'swd']
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #97782749
+# %% ../../nbs/evaluate/40_metrics.ipynb #389dbedd
 import warnings
 
 import cv2
@@ -16,7 +16,7 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 
 from ..core import check_size, keep_memory, to_uint8, torch_rng
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #1f70ec73
+# %% ../../nbs/evaluate/40_metrics.ipynb #7a36d355
 def _check(
     x:torch.Tensor, # what should be an image batch
     name:str, # what to call it in an error
@@ -43,7 +43,7 @@ def _check_two(
         raise ValueError(f"{names[0]} images are {tuple(x.shape[1:])} and {names[1]} images {tuple(y.shape[1:])}; bring them to one size and number of channels")
     return x, y
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #b5fd220b
+# %% ../../nbs/evaluate/40_metrics.ipynb #8cc5853d
 _WEIGHTS = (.0448, .2856, .3001, .2363, .1333)
 
 def _scales(
@@ -55,7 +55,7 @@ def _scales(
     if n < 5: warnings.warn(f"MS-SSIM at {side} px uses {n} of its 5 scales: compare it only with scores at {side} px", stacklevel=4)
     return tuple(w / sum(_WEIGHTS[:n]) for w in _WEIGHTS[:n]) if n < 5 else _WEIGHTS
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #cbe454fa
+# %% ../../nbs/evaluate/40_metrics.ipynb #1534cf9e
 def _ms_ssim_streamed(
     x:torch.Tensor, # checked image batch
     y:torch.Tensor, # another of the same image size
@@ -82,7 +82,7 @@ def ms_ssim(
     i = torch.arange(len(x))
     return _ms_ssim_streamed(x, y, i, i)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #01d5aa5f
+# %% ../../nbs/evaluate/40_metrics.ipynb #a3cc53cd
 def _shuffled(
     n:int, # images
     k:int, # indices wanted
@@ -116,7 +116,7 @@ def ms_ssim_pairs(
     j = (i + torch.randint(1, len(x), (n_pairs,), generator=rng)) % len(x)
     return _ms_ssim_streamed(x, x, i, j)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #a6b08e38
+# %% ../../nbs/evaluate/40_metrics.ipynb #ca1db13f
 def laplacian_pyramid(
     pixels:np.ndarray, # (H, W, C) uint8 image, sides powers of two
     least:int=16, # side of the coarsest level, pixels
@@ -129,7 +129,7 @@ def laplacian_pyramid(
         levels.append(small.reshape(*small.shape[:2], -1))
     return levels
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #0b10dec4
+# %% ../../nbs/evaluate/40_metrics.ipynb #81580c7e
 def cut_patches(
     level:np.ndarray, # (H, W, C) float32 level of a pyramid
     y:np.ndarray, # (n,) rows of the centres, 3 ... H - 4
@@ -145,7 +145,7 @@ def standardise(
     sd = patches.std((0, 2, 3), keepdims=True)
     return ((patches - patches.mean((0, 2, 3), keepdims=True)) / np.where(sd > 1e-3, sd, 1)).reshape(len(patches), -1)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #0c21292a
+# %% ../../nbs/evaluate/40_metrics.ipynb #7ed621e1
 def sliced_distance(
     a:np.ndarray, # (n, d) float32 points of one set
     b:np.ndarray, # (n, d) float32 points of the other
@@ -161,7 +161,7 @@ def sliced_distance(
         total += np.abs(np.sort(d @ a.T, 1) - np.sort(d @ b.T, 1)).mean(dtype=np.float64)
     return float(total / repeats)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #829a0756
+# %% ../../nbs/evaluate/40_metrics.ipynb #add7186c
 def _set_patches(
     images:torch.Tensor, # (N, C, S, S) image batch in [-1, 1]
     rng, # `np.random` generator for the places
