@@ -7,7 +7,7 @@ __all__ = ['BASE', 'THUMB', 'STYLES', 'DIRECTIONS', 'METHODS', 'SketchStyle', 'g
            'sobel_sketch_batch', 'canny_sketch', 'contour_sketch', 'sketch', 'add_sketches', 'sketch_file',
            'read_sketch']
 
-# %% ../nbs/03_sketch.ipynb #c93ee1be
+# %% ../nbs/03_sketch.ipynb #f00dfd2b
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from .core import check_size, interactive, save_png, sketch_to_uint8
 from .readers import image_to_square, mask_to_square, read_image, read_mask
 
-# %% ../nbs/03_sketch.ipynb #d6b5191e
+# %% ../nbs/03_sketch.ipynb #9772ca48
 BASE = 256 # lengths in a style are pixels at this image size
 THUMB = 64 # what varies slowly over an image is measured on a thumbnail of this size
 
@@ -47,7 +47,7 @@ class SketchStyle:
     ink:float = .4 # below 256 px: share of a pixel that ink must cover
     binary:bool = True # False: a soft sketch, grey at the edges of strokes
 
-# %% ../nbs/03_sketch.ipynb #65560d2a
+# %% ../nbs/03_sketch.ipynb #8d547930
 STYLES = {
     'generic': SketchStyle(fine=1.3, smooth=.9, local=6., balance=.6, side='dark', threshold=.95, opening=7, field=.03),
     'fundus': SketchStyle(channels=(0., 1., 0.), side='dark', threshold=.72, field=.08, rim=6.),
@@ -68,7 +68,7 @@ def get_style(
     if style.softness <= 0: raise ValueError("softness must be above 0; binary=True is the way to sharp strokes")
     return style
 
-# %% ../nbs/03_sketch.ipynb #2048f1da
+# %% ../nbs/03_sketch.ipynb #fc72752f
 def _odd(length, zoom): return 2 * round((length - 1) / 2 * zoom) + 1
 
 def _taps(sigma): return 2 * math.ceil(2.5 * sigma) + 1
@@ -87,7 +87,11 @@ def _thumb(x):
 
 def _wide(t, n): return cv2.resize(t, (n, n), interpolation=cv2.INTER_LINEAR)
 
-# %% ../nbs/03_sketch.ipynb #fde34a96
+# %% ../nbs/03_sketch.ipynb #462e1774
+def _rim(style, n):
+    "Width of the rim on the thumbnail; wider where a pixel of the image itself covers more than one at 256 px"
+    return round((style.rim + .75 * max(0, BASE / n - 1)) * THUMB / BASE)
+
 def _field(a, style):
     "Where strokes may be: (64, 64) float32, 0 or 1"
     if style.field is None: return np.ones((THUMB, THUMB), np.float32)
@@ -95,10 +99,10 @@ def _field(a, style):
     lit = ((t if t.ndim == 2 else functools.reduce(cv2.max, cv2.split(t))) > style.field).astype(np.uint8)
     seen = np.maximum.accumulate
     inside = seen(lit, 0) & seen(lit[::-1], 0)[::-1] & seen(lit, 1) & seen(lit[:, ::-1], 1)[:, ::-1]
-    k = 2 * round(style.rim * THUMB / BASE) + 1
+    k = 2 * _rim(style, a.shape[0]) + 1
     return cv2.erode(inside, np.ones((k, k), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0).astype(np.float32)
 
-# %% ../nbs/03_sketch.ipynb #0df854c2
+# %% ../nbs/03_sketch.ipynb #7683b32f
 def _edges(g, f, style):
     "Edge strength relative to the surroundings, and brightness offset (None for both sides): (n, n) float32 each"
     n, zoom, sigma = g.shape[0], g.shape[0] / BASE, style.local * THUMB / BASE
@@ -113,7 +117,7 @@ def _edges(g, f, style):
     mean = _wide(_blur(_thumb(g) * f, sigma) / area, n)
     return strength, cv2.subtract(mean, g) if style.side == 'dark' else cv2.subtract(g, mean)
 
-# %% ../nbs/03_sketch.ipynb #ca041a73
+# %% ../nbs/03_sketch.ipynb #dbd31315
 @functools.lru_cache
 def _lines(n):
     slope = np.eye(n, dtype=np.uint8)
@@ -126,7 +130,7 @@ def _opening(x, n):
 def _closing(x, n):
     return x if n < 3 else cv2.morphologyEx(x, cv2.MORPH_CLOSE, np.ones((n, n), np.uint8))
 
-# %% ../nbs/03_sketch.ipynb #c6d69e13
+# %% ../nbs/03_sketch.ipynb #9c914b5c
 def _draw(strength, offset, style):
     "Threshold, opening, closing, support. Binary: (n, n) uint8, 255 = stroke; soft: float32 in [0, 1]"
     n, zoom = strength.shape[0], strength.shape[0] / BASE
@@ -141,7 +145,7 @@ def _draw(strength, offset, style):
     if style.binary: return cv2.min(x, above(share, style.support * 255))
     return cv2.min(x, ramp(share, style.support, style.support))
 
-# %% ../nbs/03_sketch.ipynb #cb0e4ddf
+# %% ../nbs/03_sketch.ipynb #38bd7153
 _UNIT = (np.arange(256) / 255).astype(np.float32)
 
 def _pixels(image):
@@ -172,7 +176,7 @@ def sobel_sketch(
     x = cv2.resize(x, (n, n), interpolation=cv2.INTER_AREA)
     return (x > style.ink).astype(np.float32) if style.binary else x
 
-# %% ../nbs/03_sketch.ipynb #4771bcdc
+# %% ../nbs/03_sketch.ipynb #9d0913aa
 def _blur_batch(x, sigma):
     return x if sigma < .3 else gaussian_blur2d(x, (_taps(sigma),) * 2, (sigma,) * 2, 'reflect')
 
@@ -215,7 +219,7 @@ def _run(x, n, dy, dx, pick):
         have += step
     return p
 
-# %% ../nbs/03_sketch.ipynb #78c02a08
+# %% ../nbs/03_sketch.ipynb #30c9c3b1
 DIRECTIONS = ((0, 1), (1, 0), (1, 1), (-1, 1))
 
 def _opening_batch(x, n):
@@ -234,11 +238,11 @@ def _field_batch(x, style):
     at, lit = torch.arange(THUMB, device=x.device), t > style.field
     between = lambda i, d: (i >= torch.where(lit, i, THUMB).amin(d, True)) & (i <= torch.where(lit, i, -1).amax(d, True))
     inside = between(at, 3) & between(at[:, None], 2)
-    r = round(style.rim * THUMB / BASE)
+    r = _rim(style, x.shape[-1])
     outside = F.pad((~inside).float(), (r,) * 4, value=1.)
     return 1 - F.max_pool2d(outside, 2 * r + 1, 1)
 
-# %% ../nbs/03_sketch.ipynb #b10a9f17
+# %% ../nbs/03_sketch.ipynb #e67aa3f4
 def _edges_batch(g, f, style):
     n, zoom, sigma = g.shape[-1], g.shape[-1] / BASE, style.local * THUMB / BASE
     g = _blur_batch(g, _pre(style, zoom))
@@ -282,7 +286,7 @@ def sobel_sketch_torch(
     s = F.avg_pool2d(s, BASE // n)
     return (s > style.ink).float() if style.binary else s
 
-# %% ../nbs/03_sketch.ipynb #fd4d83d0
+# %% ../nbs/03_sketch.ipynb #9bd68423
 def sobel_sketch_batch(
     x:torch.Tensor, # image batch (N, C, H, W) in [-1, 1], on any device
     style='generic', # a name out of `STYLES`, or a `SketchStyle`
@@ -293,7 +297,7 @@ def sobel_sketch_batch(
     for drawn, image in zip(out.numpy(), x): drawn[0] = sobel_sketch(image, style)
     return out
 
-# %% ../nbs/03_sketch.ipynb #daf7d51f
+# %% ../nbs/03_sketch.ipynb #242598d9
 def canny_sketch(
     image, # one image, as for `sobel_sketch`
     low:float=40., # edges weaker than this are dropped, grey levels (0 ... 255) of the 3 × 3 Sobel gradient
@@ -307,7 +311,7 @@ def canny_sketch(
     g = np.round(_blur(g, sigma) * 255).astype(np.uint8)
     return (cv2.Canny(g, low, high) > 0).astype(np.float32)
 
-# %% ../nbs/03_sketch.ipynb #bc98d6e8
+# %% ../nbs/03_sketch.ipynb #37bbe84d
 def contour_sketch(
     mask, # (H, W) integer class ids, array or tensor
     width:int=1, # of the lines, pixels
@@ -321,7 +325,7 @@ def contour_sketch(
     line[1:] |= m[1:] != m[:-1]
     return cv2.dilate(line, np.ones((width, width), np.uint8)).astype(np.float32)
 
-# %% ../nbs/03_sketch.ipynb #30f2d5b6
+# %% ../nbs/03_sketch.ipynb #1d46a224
 METHODS = ('sobel', 'canny', 'contour')
 
 def sketch(

@@ -1,4 +1,5 @@
 """README.md is nbs/index.ipynb: `python tools/readme.py` writes it, `--check` says whether it is in step."""
+import re
 import sys
 from pathlib import Path
 
@@ -13,8 +14,11 @@ def readme_text() -> str:
     "The index notebook as Markdown that reads well on a repository's front page"
     nb = nbformat.read(root / "nbs/index.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and c.source.startswith(ON_PAGE_ONLY))]
+    for c in nb.cells:
+        if c.cell_type == "code":
+            c.outputs = [o for o in c.outputs if "image/png" not in o.get("data", {})]
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    return text.replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/').strip() + "\n"
+    return re.sub(r"\]\((?!https?:)([^)]+\.(?:ipynb|png))\)", r"](nbs/\1)", text).strip() + "\n"
 
 
 if __name__ == "__main__":

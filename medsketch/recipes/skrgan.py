@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'AUGMENT', 'SketchGenerator', 'SketchLosses', 'RenderLosses', 'JointLosses', 'SkrGAN']
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #471243f2
+# %% ../../nbs/recipes/31_skrgan.ipynb #2ff9dead
 import json
 
 import numpy as np
@@ -18,12 +18,12 @@ from ..models.patchgan import PatchDiscriminator
 from ..models.pggan import PGDiscriminator, PGGenerator
 from ..models.unet import UNetRenderer
 from .base import Recipe, as_data, open_run, train_stage
-from ..train.callbacks import Ema, Fade
+from ..train.callbacks import Ema, Fade, checkpoints
 from ..train.growth import Growth, grow_reals
 from ..train.losses import l1, logistic_d, logistic_g, r1_penalty
 from ..train.trainer import Phase
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #d38fa048
+# %% ../../nbs/recipes/31_skrgan.ipynb #f99eec8e
 class SketchGenerator(nn.Module):
     "G_S: a noise pattern times the latent code, through a progressive generator, to a sketch (§2.2)"
     def __init__(self,
@@ -43,13 +43,13 @@ class SketchGenerator(nn.Module):
                ): # (N, 1, size, size), nearly in [0, 1]; clamp before showing
         return (self.net(noise * self.code, size, alpha) + 1) / 2
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #54d1e290
+# %% ../../nbs/recipes/31_skrgan.ipynb #6e690946
 class SketchLosses:
     "Eq. 1, the usual way round, on sketches of the resolution grown to"
     def __init__(self,
                  fade:Fade, # says the resolution and alpha of the step
                  latent_dim:int, # length of the noise
-                 r1:float=1., # gamma of the R1 penalty on D_S; 0 for none
+                 r1:float=5e-4, # the R1 penalty's gamma per pixel and 1 / batch size; 0 for none
                  every:int=16, # the penalty is computed on every k-th step, and made k times as strong
                 ): self.fade, self.latent_dim, self.r1, self.every = fade, latent_dim, r1, every
 
@@ -63,7 +63,9 @@ class SketchLosses:
         return logistic_d(nets.D_S(self._real(batch), self.fade.alpha), nets.D_S(batch['fake'], self.fade.alpha))
 
     def d_r1(self, nets, batch):
-        return self.r1 / 2 * self.every * r1_penalty(lambda x: nets.D_S(x, self.fade.alpha), self._real(batch))
+        real = self._real(batch)
+        gamma = self.r1 * real[0].numel() / len(real)
+        return gamma / 2 * self.every * r1_penalty(lambda x: nets.D_S(x, self.fade.alpha), real)
 
     def _real(self, batch): return grow_reals(batch['sketch'] * 2 - 1, self.fade.size, self.fade.alpha)
 
@@ -75,7 +77,7 @@ class SketchLosses:
         lazy = [Phase('R1', self.d_r1, opt_d, every=self.every)] if self.r1 else []
         return [Phase('G_S', self.g, opt_g), Phase('D_S', self.d, opt_d), *lazy]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #70f356a3
+# %% ../../nbs/recipes/31_skrgan.ipynb #f3e99e77
 class RenderLosses:
     "Eq. 2, the usual way round: adversarial loss on pairs, plus λ times L1"
     def __init__(self,
@@ -96,7 +98,7 @@ class RenderLosses:
         "The phases of the render stage"
         return [Phase('G_P', self.g, opt_g), Phase('D_P', self.d, opt_d)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #daf24d78
+# %% ../../nbs/recipes/31_skrgan.ipynb #1dd00ebf
 class JointLosses:
     "Eq. 3: both objectives together, with gradients from the rendered image into the sketch generator"
     def __init__(self,
@@ -124,7 +126,7 @@ class JointLosses:
         "The phases of the joint stage"
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #12d78227
+# %% ../../nbs/recipes/31_skrgan.ipynb #ada86917
 STAGES = ('sketch', 'render', 'joint')
 AUGMENT = dict(none=None, flip=flip_lr, rotate=flip_rotate)
 
@@ -133,7 +135,8 @@ class SkrGAN(Recipe):
     name = 'skrgan'
     inference = ('G_S', 'G_P')
     presets = dict(
-        tour=dict(size=32, latent_dim=64, fmap_base=512, fmap_max=64, ngf=16, ndf=16, receptive_field=34, batches=75, render_steps=250),
+        tour=dict(size=32, latent_dim=32, fmap_base=384, fmap_max=48, ngf=24, ndf=16, receptive_field=34, batch_size=8,
+                  batches={4: 20, 8: 50, 16: 150, 32: 500}, render_steps=250),
         gpu=dict(size=256, fmap_base=4096, batches=4000, render_steps=20_000, joint_steps=2000),
         paper=dict(size=512, batches=75_000, render_steps=100_000, joint_steps=20_000))
 
@@ -147,7 +150,7 @@ class SkrGAN(Recipe):
                  ndf:int=64, # feature maps of D_P's first layer
                  receptive_field:int=70, # of D_P, pixels
                  lam:float=100., # λ of Eq. 2
-                 r1:float=1., # gamma of the R1 penalty on D_S
+                 r1:float=5e-4, # strength of the R1 penalty on D_S: gamma is r1 × pixels / batch size
                  batches:int|dict=4000, # sketch stage: batches per resolution, one number or {resolution: number}
                  render_steps:int=20_000, # render stage: batches
                  joint_steps:int=0, # joint stage (Eq. 3): batches; 0 leaves it out
@@ -181,7 +184,7 @@ class SkrGAN(Recipe):
             data, # a folder of images, or an `ImageData` (its sketches are used if it has them)
             out=None, # the run's folder; None trains in memory and writes nothing
             resume:bool=True, # go on with a run that is there already
-            stages=STAGES, # which stages to train, in order
+            stages=STAGES, # which stages to train, in order; what `out` holds of the others is loaded
             every:int=500, # steps between checkpoints and sample grids
             progress:bool=True, # show bars
             **kwargs, # for `Trainer`: mixed_precision, accumulate
@@ -193,10 +196,11 @@ class SkrGAN(Recipe):
         if out: open_run(self, out, data, resume)
         meta = dict(recipe=self.name, config=json.dumps(c), data=data.fingerprint())
         for i, stage in enumerate(STAGES):
-            if stage not in stages: continue
+            left_out = stage not in stages
+            if left_out and not (out and checkpoints(f'{out}/{stage}/checkpoints')): continue
             batches = Batches(data, c['batch_size'], seed=c['seed'] + i, augment=AUGMENT[c['augment']])
             common = dict(folder=f'{out}/{stage}' if out else None, meta=meta, every=every, progress=progress, seed=c['seed'] + i)
-            getattr(self, f'_fit_{stage}')(batches, **common, **kwargs)
+            getattr(self, f'_fit_{stage}')(batches, only_load=left_out, **common, **kwargs)
             if out: self.save(f'{out}/weights.safetensors')
         return self
 
@@ -206,9 +210,10 @@ class SkrGAN(Recipe):
                        betas=(0., .99) if n.endswith('S') else (.5, .999)) for n in names]
         return torch.optim.Adam(groups, fused=True)
 
-    def _train(self, names, phases, batches, steps, **kwargs):
+    def _train(self, names, phases, batches, steps, only_load=False, **kwargs):
         "One stage; afterwards, even if it was interrupted, the generators hold their averaged weights"
         if steps == 0: return
+        if only_load: steps = 1  # there is a checkpoint, so none is made
         self.ema = Ema(**{n: self.nets[n] for n in names if n in self.inference})
         try: train_stage({n: self.nets[n] for n in names}, phases, batches, steps, ema=self.ema, **kwargs)
         finally:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingDiverged', 'StopOnNan', 'Ema', 'Fade', 'SampleGrid', 'CsvLog', 'checkpoints', 'Checkpoint', 'Progress']
 
-# %% ../../nbs/train/13_callbacks.ipynb #2909dacd
+# %% ../../nbs/train/13_callbacks.ipynb #6dbcd471
 import contextlib
 import copy
 import csv
@@ -23,7 +23,7 @@ from ..core import atomic_write, interactive, save_png
 from .growth import Growth
 from .trainer import Callback, Trainer
 
-# %% ../../nbs/train/13_callbacks.ipynb #047bc109
+# %% ../../nbs/train/13_callbacks.ipynb #4e54ad7f
 class TrainingDiverged(RuntimeError):
     "A loss is NaN or infinite"
 
@@ -56,7 +56,7 @@ def _writing(
     except (OSError, RuntimeError) as e:
         raise RuntimeError(f"could not write {what} {path}: {getattr(e, 'strerror', None) or e}; checkpoints written before are untouched") from e
 
-# %% ../../nbs/train/13_callbacks.ipynb #7b888002
+# %% ../../nbs/train/13_callbacks.ipynb #d98cf5c2
 class Ema(Callback):
     "Keeps an exponential moving average of networks' weights; buffers are copied"
     def __init__(self,
@@ -87,7 +87,7 @@ class Ema(Callback):
         self.seen = state['seen']
         for k, n in self.nets.items(): n.load_state_dict(state['nets'][k])
 
-# %% ../../nbs/train/13_callbacks.ipynb #e59f5630
+# %% ../../nbs/train/13_callbacks.ipynb #832cd078
 class Fade(Callback):
     "Follows a growth schedule: `fade.size` and `fade.alpha` hold for the coming step"
     def __init__(self, growth:Growth): # the schedule
@@ -99,7 +99,7 @@ class Fade(Callback):
         self.size, self.alpha, batch_size = self.growth.at(step)
         if batch_size: trainer.data.batch_size = batch_size
 
-# %% ../../nbs/train/13_callbacks.ipynb #43be1fb2
+# %% ../../nbs/train/13_callbacks.ipynb #40bab831
 class SampleGrid(Callback):
     "Draws a grid of samples every so often, and once at the end, and writes it as a PNG"
     def __init__(self,
@@ -114,7 +114,7 @@ class SampleGrid(Callback):
         path = Path(self.folder)/f'{trainer.step:06d}.png'
         with _writing('samples', path): save_png(path, self.pixels)
 
-# %% ../../nbs/train/13_callbacks.ipynb #2eebbc5e
+# %% ../../nbs/train/13_callbacks.ipynb #823ceedf
 class CsvLog(Callback):
     "Appends step, images, seconds and all losses to a CSV file; takes up an earlier run's file on resume"
     def __init__(self,
@@ -156,7 +156,7 @@ class CsvLog(Callback):
             if self.file: self.file.close()
         self.file = None
 
-# %% ../../nbs/train/13_callbacks.ipynb #0c91b400
+# %% ../../nbs/train/13_callbacks.ipynb #ddd45dbb
 def checkpoints(
     folder, # a run's checkpoint folder
 ) -> list: # paths, oldest first
@@ -164,7 +164,7 @@ def checkpoints(
     found = [p for p in Path(folder).glob('*.pt') if re.fullmatch(r'\d+', p.stem)]
     return sorted(found, key=lambda p: int(p.stem))
 
-# %% ../../nbs/train/13_callbacks.ipynb #8fb3192c
+# %% ../../nbs/train/13_callbacks.ipynb #7119a5ee
 class Checkpoint(Callback):
     "Saves everything every so often and at the end, and resumes from the newest whole file"
     def __init__(self,
@@ -183,7 +183,7 @@ class Checkpoint(Callback):
             for p in self.folder.glob('.*.pt.*.tmp'): p.unlink(missing_ok=True)  # of a write that was killed
         for path in reversed(checkpoints(self.folder)):
             try:
-                state = torch.load(path, map_location=trainer.device, weights_only=True)
+                state = torch.load(path, map_location='cpu', weights_only=True)
                 meta = state['meta']
             except Exception as e:
                 warnings.warn(f"{path} cannot be read ({type(e).__name__}); trying the one before it")
@@ -219,7 +219,7 @@ class Checkpoint(Callback):
     def state_dict(self): return dict(mean=self.mean, lowest=self.lowest)
     def load_state_dict(self, state): self.mean, self.lowest = state['mean'], state['lowest']
 
-# %% ../../nbs/train/13_callbacks.ipynb #94aa30ac
+# %% ../../nbs/train/13_callbacks.ipynb #2948984a
 class Progress(Callback):
     "A fastprogress bar with live losses, and in notebooks their curves and the newest samples"
     def __init__(self,

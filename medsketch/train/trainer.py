@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Phase', 'Callback', 'rng_state', 'set_rng_state', 'make_accelerator', 'Trainer']
 
-# %% ../../nbs/train/12_trainer.ipynb #ad489268
+# %% ../../nbs/train/12_trainer.ipynb #f95a0dbc
 import os
 import random
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core import keep_memory, seed_everything
 
-# %% ../../nbs/train/12_trainer.ipynb #342b0a35
+# %% ../../nbs/train/12_trainer.ipynb #9de19044
 @dataclass
 class Phase:
     "One kind of update: a loss, the optimiser that follows it, and how often"
@@ -30,7 +30,7 @@ class Phase:
     opt:torch.optim.Optimizer # its parameters learn in this phase, all others are frozen
     every:int=1 # run on every k-th step (lazy regularisation)
 
-# %% ../../nbs/train/12_trainer.ipynb #e44738ed
+# %% ../../nbs/train/12_trainer.ipynb #96a85207
 class Callback:
     "Something that happens around steps; every method may be left out"
     def before_fit(self, trainer): "Once, before the first step (after a resume, if there is one)"
@@ -43,7 +43,7 @@ class Callback:
         return {}
     def load_state_dict(self, state:dict): "Take up a remembered state"
 
-# %% ../../nbs/train/12_trainer.ipynb #f76f7fde
+# %% ../../nbs/train/12_trainer.ipynb #88c5013f
 def rng_state() -> dict:
     "The state of Python's, NumPy's and PyTorch's random generators, as tensors and numbers"
     name, keys, pos, has_gauss, cached = np.random.get_state()
@@ -62,7 +62,7 @@ def set_rng_state(state:dict):
     if torch.cuda.is_available() and len(state['cuda']) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
 
-# %% ../../nbs/train/12_trainer.ipynb #324e7d92
+# %% ../../nbs/train/12_trainer.ipynb #b6fdbd85
 def make_accelerator(
     mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
 ) -> Accelerator:
@@ -71,7 +71,7 @@ def make_accelerator(
     AcceleratorState._reset_state(reset_partial_state=False)
     return Accelerator(mixed_precision=mixed_precision)
 
-# %% ../../nbs/train/12_trainer.ipynb #c706aaf5
+# %% ../../nbs/train/12_trainer.ipynb #3980b809
 def _average_gradients(accelerator, params):
     "Mean of the gradients over all processes, in one transfer"
     grads = [p.grad for p in params if p.grad is not None]
@@ -109,6 +109,7 @@ class Trainer:
         "Train. A callback may raise to stop; whatever happens, `close` is called"
         self.total, learns = steps, [p.requires_grad for p in self.params]
         for p in self.params: p.grad = None  # what an interrupted step, or the caller, left behind
+        self.accelerator.wait_for_everyone()  # until the first process has written all of an earlier run
         try:
             self._call('before_fit')
             self._agree()
