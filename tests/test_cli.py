@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsketch import cli
 from medsketch.cli import main
 from medsketch.core import to_uint8
 from medsketch.data import phantom_data
@@ -199,10 +198,8 @@ def test_the_installed_command_runs_in_a_process_of_its_own(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("medsketch: ") and "Traceback" not in done.stderr
 
 
-def test_demo_writes_picture_and_scores(medsketch, tmp_path, monkeypatch):
-    one = cli.demo_one
-    monkeypatch.setattr(cli, "demo_one", lambda kind, out, steps, size: one(kind, out, steps, size, n=16))
-    status, out, err = medsketch(f"demo --out {tmp_path}/demo --steps 4 --size 32 --kinds fundus,brain_mri")
+def test_demo_writes_picture_and_scores(medsketch, tmp_path):
+    status, out, err = medsketch(f"demo --out {tmp_path}/demo --steps 4 --size 32 --images 16 --kinds fundus,brain_mri")
     assert status == 0, err
     assert pixels(tmp_path / "demo/demo.png").shape[2] == 3
     rows = (tmp_path / "demo/scores.csv").read_text().splitlines()

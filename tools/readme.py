@@ -18,7 +18,7 @@ def readme_text() -> str:
         if c.cell_type == "code":
             c.outputs = [o for o in c.outputs if "image/png" not in o.get("data", {})]
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    return re.sub(r"\]\((?!https?:)([^)]+\.(?:ipynb|png))\)", r"](nbs/\1)", text).strip() + "\n"
+    return re.sub(r"\]\((?!https?:)([^)]+\.(?:ipynb|png|jpg))\)", r"](nbs/\1)", text).strip() + "\n"
 
 
 if __name__ == "__main__":

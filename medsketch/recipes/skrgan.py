@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'AUGMENT', 'SketchGenerator', 'SketchLosses', 'RenderLosses', 'JointLosses', 'SkrGAN']
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #2ff9dead
+# %% ../../nbs/recipes/31_skrgan.ipynb #29f6b419
 import json
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..train.growth import Growth, grow_reals
 from ..train.losses import l1, logistic_d, logistic_g, r1_penalty
 from ..train.trainer import Phase
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #f99eec8e
+# %% ../../nbs/recipes/31_skrgan.ipynb #4cc81523
 class SketchGenerator(nn.Module):
     "G_S: a noise pattern times the latent code, through a progressive generator, to a sketch (§2.2)"
     def __init__(self,
@@ -35,6 +35,7 @@ class SketchGenerator(nn.Module):
         super().__init__()
         self.net = PGGenerator(size, 1, latent_dim, fmap_base, fmap_max)
         self.code = nn.Parameter(torch.ones(latent_dim))  # l
+        for layer in self.net.to_image: nn.init.constant_(layer.bias, -1.)  # every resolution starts from white paper
 
     def forward(self,
                 noise, # (N, latent_dim) noise pattern z ~ N(0, 1)
@@ -43,13 +44,13 @@ class SketchGenerator(nn.Module):
                ): # (N, 1, size, size), nearly in [0, 1]; clamp before showing
         return (self.net(noise * self.code, size, alpha) + 1) / 2
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #6e690946
+# %% ../../nbs/recipes/31_skrgan.ipynb #5bd37a26
 class SketchLosses:
     "Eq. 1, the usual way round, on sketches of the resolution grown to"
     def __init__(self,
                  fade:Fade, # says the resolution and alpha of the step
                  latent_dim:int, # length of the noise
-                 r1:float=5e-4, # the R1 penalty's gamma per pixel and 1 / batch size; 0 for none
+                 r1:float=1., # gamma of the R1 penalty on D_S; 0 for none
                  every:int=16, # the penalty is computed on every k-th step, and made k times as strong
                 ): self.fade, self.latent_dim, self.r1, self.every = fade, latent_dim, r1, every
 
@@ -63,9 +64,7 @@ class SketchLosses:
         return logistic_d(nets.D_S(self._real(batch), self.fade.alpha), nets.D_S(batch['fake'], self.fade.alpha))
 
     def d_r1(self, nets, batch):
-        real = self._real(batch)
-        gamma = self.r1 * real[0].numel() / len(real)
-        return gamma / 2 * self.every * r1_penalty(lambda x: nets.D_S(x, self.fade.alpha), real)
+        return self.r1 / 2 * self.every * r1_penalty(lambda x: nets.D_S(x, self.fade.alpha), self._real(batch))
 
     def _real(self, batch): return grow_reals(batch['sketch'] * 2 - 1, self.fade.size, self.fade.alpha)
 
@@ -77,7 +76,7 @@ class SketchLosses:
         lazy = [Phase('R1', self.d_r1, opt_d, every=self.every)] if self.r1 else []
         return [Phase('G_S', self.g, opt_g), Phase('D_S', self.d, opt_d), *lazy]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #f3e99e77
+# %% ../../nbs/recipes/31_skrgan.ipynb #2ff41f98
 class RenderLosses:
     "Eq. 2, the usual way round: adversarial loss on pairs, plus λ times L1"
     def __init__(self,
@@ -98,7 +97,7 @@ class RenderLosses:
         "The phases of the render stage"
         return [Phase('G_P', self.g, opt_g), Phase('D_P', self.d, opt_d)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #1dd00ebf
+# %% ../../nbs/recipes/31_skrgan.ipynb #4568cb58
 class JointLosses:
     "Eq. 3: both objectives together, with gradients from the rendered image into the sketch generator"
     def __init__(self,
@@ -126,7 +125,7 @@ class JointLosses:
         "The phases of the joint stage"
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #ada86917
+# %% ../../nbs/recipes/31_skrgan.ipynb #8351c304
 STAGES = ('sketch', 'render', 'joint')
 AUGMENT = dict(none=None, flip=flip_lr, rotate=flip_rotate)
 
@@ -136,7 +135,7 @@ class SkrGAN(Recipe):
     inference = ('G_S', 'G_P')
     presets = dict(
         tour=dict(size=32, latent_dim=32, fmap_base=384, fmap_max=48, ngf=24, ndf=16, receptive_field=34, batch_size=8,
-                  batches={4: 20, 8: 50, 16: 150, 32: 500}, render_steps=250),
+                  batches={4: 20, 8: 60, 16: 150, 32: 400}, render_steps=250, r1=3., augment='flip'),
         gpu=dict(size=256, fmap_base=4096, batches=4000, render_steps=20_000, joint_steps=2000),
         paper=dict(size=512, batches=75_000, render_steps=100_000, joint_steps=20_000))
 
@@ -150,7 +149,7 @@ class SkrGAN(Recipe):
                  ndf:int=64, # feature maps of D_P's first layer
                  receptive_field:int=70, # of D_P, pixels
                  lam:float=100., # λ of Eq. 2
-                 r1:float=5e-4, # strength of the R1 penalty on D_S: gamma is r1 × pixels / batch size
+                 r1:float=1., # gamma of the R1 penalty on D_S; weaker ones let D_S win on small sets
                  batches:int|dict=4000, # sketch stage: batches per resolution, one number or {resolution: number}
                  render_steps:int=20_000, # render stage: batches
                  joint_steps:int=0, # joint stage (Eq. 3): batches; 0 leaves it out
