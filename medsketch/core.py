@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'PALETTE', 'seed_everything', 'torch_rng', 'default_device'
            'check_size', 'atomic_write', 'to_uint8', 'from_uint8', 'sketch_to_uint8', 'mask_to_rgb', 'to_pixels',
            'interactive', 'grid', 'sample_grid', 'show_images', 'png_bytes', 'save_png', 'save_grid']
 
-# %% ../nbs/00_core.ipynb #980ccca2
+# %% ../nbs/00_core.ipynb #0cf6ec54
 import contextlib
 import ctypes
 import io
@@ -23,7 +23,7 @@ import torch
 from fastprogress.fastprogress import IN_NOTEBOOK
 from PIL import Image
 
-# %% ../nbs/00_core.ipynb #25648129
+# %% ../nbs/00_core.ipynb #d89d4964
 def seed_everything(
     seed:int=0, # the same seed on the same machine gives the same bits
 ):
@@ -32,7 +32,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #fec79a5d
+# %% ../nbs/00_core.ipynb #695c7167
 def torch_rng(
     *seeds:int, # one or more integers; different tuples give independent streams
     device='cpu', # where the numbers will be drawn
@@ -41,14 +41,14 @@ def torch_rng(
     state = int(np.random.SeedSequence([s % 2**63 for s in seeds]).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device=device).manual_seed(state)
 
-# %% ../nbs/00_core.ipynb #fd9e7026
+# %% ../nbs/00_core.ipynb #d42148b5
 def default_device() -> torch.device:
     "CUDA if there is one, then Apple's MPS, then the CPU"
     if torch.cuda.is_available(): return torch.device('cuda')
     if torch.backends.mps.is_available(): return torch.device('mps')
     return torch.device('cpu')
 
-# %% ../nbs/00_core.ipynb #fdd06f47
+# %% ../nbs/00_core.ipynb #ca9b377c
 _kept = None
 
 def keep_memory() -> bool: # True if the allocator was told to keep freed memory
@@ -62,7 +62,7 @@ def keep_memory() -> bool: # True if the allocator was told to keep freed memory
         _kept = bool(mallopt and mallopt(M_MMAP_THRESHOLD, largest) and mallopt(M_TRIM_THRESHOLD, largest))
     return _kept
 
-# %% ../nbs/00_core.ipynb #310c6332
+# %% ../nbs/00_core.ipynb #765dc934
 SCALES = ('tour', 'gpu', 'paper')
 
 def scale() -> str: # one of `SCALES`
@@ -79,7 +79,7 @@ def by_scale(
     "The value for the scale the dial stands at"
     return dict(zip(SCALES, (tour, gpu, paper)))[scale()]
 
-# %% ../nbs/00_core.ipynb #1e409987
+# %% ../nbs/00_core.ipynb #1990cea3
 def check_size(
     size:int, # side of the square image, pixels
     least:int=4, # smallest size allowed
@@ -92,7 +92,7 @@ def check_size(
     near = min(sizes, key=lambda s: abs(np.log2(s) - np.log2(size))) if isinstance(size, (int, float)) and size > 0 else sizes[-1]
     raise ValueError(f"size {size} is not a power of two from {least} to {most}; the nearest is {near}")
 
-# %% ../nbs/00_core.ipynb #7aa84b8f
+# %% ../nbs/00_core.ipynb #770ff868
 @contextlib.contextmanager
 def atomic_write(
     path, # final path; its folder is made if it is missing
@@ -114,7 +114,7 @@ def atomic_write(
         Path(tmp).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/00_core.ipynb #a0a806a1
+# %% ../nbs/00_core.ipynb #cd677dba
 def to_uint8(
     x:torch.Tensor, # (..., C, H, W) image in [-1, 1]
 ) -> np.ndarray: # (..., H, W, C) uint8
@@ -138,7 +138,7 @@ def sketch_to_uint8(
     if s.ndim > 2: s = s[..., 0, :, :]
     return ((1 - s.clamp(0, 1)) * 255).round().to(torch.uint8).numpy()
 
-# %% ../nbs/00_core.ipynb #608b8d7d
+# %% ../nbs/00_core.ipynb #2083a5ff
 PALETTE = np.array([[0, 0, 0], [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66],
                     [0, 114, 178], [213, 94, 0], [204, 121, 167], [255, 255, 255]], np.uint8)
 
@@ -163,12 +163,12 @@ def to_pixels(
     a = sketch_to_uint8(x)[..., None] if kind == 'sketch' else to_uint8(x)
     return a if a.shape[-1] == 3 else np.repeat(a[..., :1], 3, -1)
 
-# %% ../nbs/00_core.ipynb #dea7d8fc
+# %% ../nbs/00_core.ipynb #59c65863
 def interactive() -> bool: # True in a notebook or a terminal
     "Is there someone to show a progress bar to?"
     return IN_NOTEBOOK or sys.stdout.isatty()
 
-# %% ../nbs/00_core.ipynb #7f06cea1
+# %% ../nbs/00_core.ipynb #87c39e23
 def grid(
     images, # a batch, or a list of anything `to_pixels` takes, all of one size
     cols:int=8, # pictures per row
@@ -205,7 +205,7 @@ def sample_grid(
             tiles += row + [np.full_like(row[0], 255)] * (min(cols, len(samples)) - len(row))
     return grid(tiles, cols=min(cols, len(samples)))
 
-# %% ../nbs/00_core.ipynb #865ef05b
+# %% ../nbs/00_core.ipynb #65451f9d
 def show_images(
     images, # a batch, a list of pictures, or a grid of pixels (H, W, 3) uint8
     cols:int=8, # pictures per row
@@ -216,7 +216,7 @@ def show_images(
     "Show pictures on the page"
     whole = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 3
     g = images if whole else grid(images, cols, kind=kind)
-    fig = plt.figure(figsize=(width, width * g.shape[0] / g.shape[1] + (.3 if title else 0)))
+    fig = plt.figure(figsize=(width, width * g.shape[0] / g.shape[1] + (.3 if title else 0)), dpi=72)
     plt.imshow(g, interpolation='nearest' if g.shape[1] < 300 else 'antialiased')
     plt.axis('off')
     if title: plt.title(title, fontsize=10)

@@ -17,6 +17,7 @@ def readme_text() -> str:
     for c in nb.cells:
         if c.cell_type == "code":
             c.outputs = [o for o in c.outputs if "image/png" not in o.get("data", {})]
+    nb.metadata.language_info = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     return re.sub(r"\]\((?!https?:)([^)]+\.(?:ipynb|png|jpg))\)", r"](nbs/\1)", text).strip() + "\n"
 

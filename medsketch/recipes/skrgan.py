@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'AUGMENT', 'SketchGenerator', 'SketchLosses', 'RenderLosses', 'JointLosses', 'SkrGAN']
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #29f6b419
+# %% ../../nbs/recipes/31_skrgan.ipynb #2fb13505
 import json
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..train.growth import Growth, grow_reals
 from ..train.losses import l1, logistic_d, logistic_g, r1_penalty
 from ..train.trainer import Phase
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #4cc81523
+# %% ../../nbs/recipes/31_skrgan.ipynb #0be87e07
 class SketchGenerator(nn.Module):
     "G_S: a noise pattern times the latent code, through a progressive generator, to a sketch (§2.2)"
     def __init__(self,
@@ -44,7 +44,7 @@ class SketchGenerator(nn.Module):
                ): # (N, 1, size, size), nearly in [0, 1]; clamp before showing
         return (self.net(noise * self.code, size, alpha) + 1) / 2
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #5bd37a26
+# %% ../../nbs/recipes/31_skrgan.ipynb #58ba52e2
 class SketchLosses:
     "Eq. 1, the usual way round, on sketches of the resolution grown to"
     def __init__(self,
@@ -76,7 +76,7 @@ class SketchLosses:
         lazy = [Phase('R1', self.d_r1, opt_d, every=self.every)] if self.r1 else []
         return [Phase('G_S', self.g, opt_g), Phase('D_S', self.d, opt_d), *lazy]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #2ff41f98
+# %% ../../nbs/recipes/31_skrgan.ipynb #b9a5ccd7
 class RenderLosses:
     "Eq. 2, the usual way round: adversarial loss on pairs, plus λ times L1"
     def __init__(self,
@@ -97,7 +97,7 @@ class RenderLosses:
         "The phases of the render stage"
         return [Phase('G_P', self.g, opt_g), Phase('D_P', self.d, opt_d)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #4568cb58
+# %% ../../nbs/recipes/31_skrgan.ipynb #c893d06e
 class JointLosses:
     "Eq. 3: both objectives together, with gradients from the rendered image into the sketch generator"
     def __init__(self,
@@ -125,7 +125,7 @@ class JointLosses:
         "The phases of the joint stage"
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #8351c304
+# %% ../../nbs/recipes/31_skrgan.ipynb #2a164dc2
 STAGES = ('sketch', 'render', 'joint')
 AUGMENT = dict(none=None, flip=flip_lr, rotate=flip_rotate)
 
@@ -203,9 +203,9 @@ class SkrGAN(Recipe):
             if out: self.save(f'{out}/weights.safetensors')
         return self
 
-    def _adam(self, *names):
-        "Adam at the paper's rates: 0.001 for the sketch pair, 0.0002 for the render pair (§3)"
-        groups = [dict(params=list(self.nets[n].parameters()), lr=1e-3 if n.endswith('S') else 2e-4,
+    def _adam(self, *names, part=1.):
+        "Adam at the paper's rates, or part of them: 0.001 for the sketch pair, 0.0002 for the render pair (§3)"
+        groups = [dict(params=list(self.nets[n].parameters()), lr=part * (1e-3 if n.endswith('S') else 2e-4),
                        betas=(0., .99) if n.endswith('S') else (.5, .999)) for n in names]
         return torch.optim.Adam(groups, fused=True)
 
@@ -242,7 +242,7 @@ class SkrGAN(Recipe):
             s = self.ema.nets['G_S'](self.noise(8, 0)).clamp(0, 1)
             return sample_grid(dict(sketch=s, image=self.ema.nets['G_P'](s * 2 - 1)))
         losses = JointLosses(self.config['latent_dim'], self.config['lam'])
-        phases = losses.phases(self._adam('G_S', 'G_P'), self._adam('D_S'), self._adam('D_P'))
+        phases = losses.phases(*(self._adam(*names, part=.1) for names in (('G_S', 'G_P'), ('D_S',), ('D_P',))))
         self._train(('G_S', 'D_S', 'G_P', 'D_P'), phases, batches, self.config['joint_steps'], draw=draw, **kwargs)
 
     def noise(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingDiverged', 'StopOnNan', 'Ema', 'Fade', 'SampleGrid', 'CsvLog', 'checkpoints', 'Checkpoint', 'Progress']
 
-# %% ../../nbs/train/13_callbacks.ipynb #6dbcd471
+# %% ../../nbs/train/13_callbacks.ipynb #f1c833ee
 import contextlib
 import copy
 import csv
@@ -23,7 +23,7 @@ from ..core import atomic_write, interactive, save_png
 from .growth import Growth
 from .trainer import Callback, Trainer
 
-# %% ../../nbs/train/13_callbacks.ipynb #4e54ad7f
+# %% ../../nbs/train/13_callbacks.ipynb #6b457297
 class TrainingDiverged(RuntimeError):
     "A loss is NaN or infinite"
 
@@ -56,7 +56,7 @@ def _writing(
     except (OSError, RuntimeError) as e:
         raise RuntimeError(f"could not write {what} {path}: {getattr(e, 'strerror', None) or e}; checkpoints written before are untouched") from e
 
-# %% ../../nbs/train/13_callbacks.ipynb #d98cf5c2
+# %% ../../nbs/train/13_callbacks.ipynb #c388fae9
 class Ema(Callback):
     "Keeps an exponential moving average of networks' weights; buffers are copied"
     def __init__(self,
@@ -87,7 +87,7 @@ class Ema(Callback):
         self.seen = state['seen']
         for k, n in self.nets.items(): n.load_state_dict(state['nets'][k])
 
-# %% ../../nbs/train/13_callbacks.ipynb #832cd078
+# %% ../../nbs/train/13_callbacks.ipynb #1bbafa12
 class Fade(Callback):
     "Follows a growth schedule: `fade.size` and `fade.alpha` hold for the coming step"
     def __init__(self, growth:Growth): # the schedule
@@ -99,7 +99,7 @@ class Fade(Callback):
         self.size, self.alpha, batch_size = self.growth.at(step)
         if batch_size: trainer.data.batch_size = batch_size
 
-# %% ../../nbs/train/13_callbacks.ipynb #40bab831
+# %% ../../nbs/train/13_callbacks.ipynb #06d5de64
 class SampleGrid(Callback):
     "Draws a grid of samples every so often, and once at the end, and writes it as a PNG"
     def __init__(self,
@@ -114,7 +114,7 @@ class SampleGrid(Callback):
         path = Path(self.folder)/f'{trainer.step:06d}.png'
         with _writing('samples', path): save_png(path, self.pixels)
 
-# %% ../../nbs/train/13_callbacks.ipynb #823ceedf
+# %% ../../nbs/train/13_callbacks.ipynb #49fb1157
 class CsvLog(Callback):
     "Appends step, images, seconds and all losses to a CSV file; takes up an earlier run's file on resume"
     def __init__(self,
@@ -156,7 +156,7 @@ class CsvLog(Callback):
             if self.file: self.file.close()
         self.file = None
 
-# %% ../../nbs/train/13_callbacks.ipynb #ddd45dbb
+# %% ../../nbs/train/13_callbacks.ipynb #16f53e08
 def checkpoints(
     folder, # a run's checkpoint folder
 ) -> list: # paths, oldest first
@@ -164,7 +164,7 @@ def checkpoints(
     found = [p for p in Path(folder).glob('*.pt') if re.fullmatch(r'\d+', p.stem)]
     return sorted(found, key=lambda p: int(p.stem))
 
-# %% ../../nbs/train/13_callbacks.ipynb #7119a5ee
+# %% ../../nbs/train/13_callbacks.ipynb #11ac4041
 class Checkpoint(Callback):
     "Saves everything every so often and at the end, and resumes from the newest whole file"
     def __init__(self,
@@ -219,7 +219,7 @@ class Checkpoint(Callback):
     def state_dict(self): return dict(mean=self.mean, lowest=self.lowest)
     def load_state_dict(self, state): self.mean, self.lowest = state['mean'], state['lowest']
 
-# %% ../../nbs/train/13_callbacks.ipynb #2948984a
+# %% ../../nbs/train/13_callbacks.ipynb #495d121a
 class Progress(Callback):
     "A fastprogress bar with live losses, and in notebooks their curves and the newest samples"
     def __init__(self,
@@ -247,7 +247,7 @@ class Progress(Callback):
     def _plot(self, trainer):
         from IPython.display import display
         pixels = next((c.pixels for c in trainer.callbacks if isinstance(c, SampleGrid)), None)
-        fig, axes = plt.subplots(1, 2, figsize=(9, 2.6), width_ratios=(1, 1.4))
+        fig, axes = plt.subplots(1, 2, figsize=(9, 2.6), width_ratios=(1, 1.4), dpi=64)
         for k, v in self.curves.items(): axes[0].plot(self.steps[-len(v):], v, label=k, lw=1)
         axes[0].legend(fontsize=7); axes[0].set_xlabel('step', fontsize=8); axes[0].tick_params(labelsize=7)
         axes[1].axis('off')
