@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'METRICS', 'main', 'sketch', 'train', 'sample', 'render', 'scores', 'table', 'evaluate', 'demo_one', 'demo']
 
-# %% ../nbs/60_cli.ipynb #f8279aa7
+# %% ../nbs/60_cli.ipynb #075aff4a
 import csv
+import inspect
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ from .phantoms import PHANTOMS
 from .recipes import load_recipe, recipe_class
 from .sketch import METHODS, STYLES, get_style, read_sketch, sketch_file
 
-# %% ../nbs/60_cli.ipynb #23e8e8ff
+# %% ../nbs/60_cli.ipynb #e7a4e8ab
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Sketch-guided medical image synthesis: from images to sketches to new images.")
 
@@ -51,7 +52,7 @@ def _say(message, status):
     print('medsketch:', ' '.join(str(message).split()), file=sys.stderr)
     return status
 
-# %% ../nbs/60_cli.ipynb #937d38b7
+# %% ../nbs/60_cli.ipynb #53fe17e8
 def _report(skipped):
     "List bad files on stderr"
     for path, reason in skipped: print(f'skipped {path}:', ' '.join(str(reason).split()), file=sys.stderr)
@@ -77,7 +78,7 @@ def _mask_of(case):
     "The mask contours are drawn from: the case's own, or the file itself in a folder of masks"
     return case.mask or case.path
 
-# %% ../nbs/60_cli.ipynb #d186b5e8
+# %% ../nbs/60_cli.ipynb #2fa15f8a
 def _settings(pairs):
     "['ngf=32', 'augment=flip'] -> {'ngf': 32, 'augment': 'flip'}"
     out = {}
@@ -113,6 +114,7 @@ def train(recipe:str=typer.Argument(help="skrgan"),
     if scale not in SCALES: raise ValueError(f"no scale is called {scale!r}; there are: {', '.join(SCALES)}")
     settings = cls.presets[scale] | dict(style=style, seed=seed) | _settings(change) | (dict(size=size) if size else {})
     if steps is not None: settings |= cls.steps_each(steps, settings['size'])
+    if odd := settings.keys() - inspect.signature(cls).parameters.keys(): raise ValueError(f"recipe {recipe} has no argument {odd.pop()!r}; there are: {', '.join(inspect.signature(cls).parameters)}")
     check_size(settings['size'])
     if (out/'config.json').exists() and not resume: raise ValueError(f"{out} holds a run already: add --resume to go on, or choose another --out")
     ds = _load(data, settings['size'], channels)
@@ -122,7 +124,7 @@ def train(recipe:str=typer.Argument(help="skrgan"),
     r.fit(ds, out, resume=resume, every=every, mixed_precision=precision)
     print(f'trained: {out}/weights.safetensors; draw from it with `medsketch sample {out} --n 100 --out DIR`')
 
-# %% ../nbs/60_cli.ipynb #92edb2f2
+# %% ../nbs/60_cli.ipynb #7ab35ae7
 def _write_image(folder, name, x):
     "Write (C, H, W) as PNG, or one PNG per modality; returns the file names"
     a = to_uint8(x)
@@ -163,7 +165,7 @@ def render(run:Path=typer.Argument(help="folder of a run, or a .safetensors file
     _report(skipped)
     print(f'{len(paths) - len(skipped)} images in {out}')
 
-# %% ../nbs/60_cli.ipynb #49a66be1
+# %% ../nbs/60_cli.ipynb #8b3b35ac
 METRICS = ('ms_ssim', 'swd')
 
 def scores(
@@ -201,7 +203,7 @@ def evaluate(real:Path=typer.Argument(help="folder of real images"), fake:Path=t
     if as_json: print(json.dumps(dict(real=len(a), fake=len(b), size=size, **{k: dict(score=v[0], real_halves=v[1]) for k, v in s.items()})))
     else: print(f'{len(b)} generated against {len(a)} real images at {size} px; in brackets: two halves of the real ones', table({fake.name: s}), sep='\n')
 
-# %% ../nbs/60_cli.ipynb #9fcb1b50
+# %% ../nbs/60_cli.ipynb #82121c3c
 def demo_one(
     kind:str, # a phantom's name
     out, # folder of the run
@@ -239,7 +241,8 @@ def demo(out:Path=typer.Option('demo', help="folder for runs, picture and scores
             job.result()
             print(f'{k}: done after {time.monotonic() - start:.0f} s', flush=True)
     rows = {k: job.result()[1] for k, job in jobs.items()}
-    pictures = [sample_grid(job.result()[0], cols=6) for job in jobs.values()]
+    zoom = max(1, 128 // size)
+    pictures = [sample_grid(job.result()[0], cols=6).repeat(zoom, 0).repeat(zoom, 1) for job in jobs.values()]
     save_png(out/'demo.png', np.concatenate([np.pad(p, ((0, 8), (0, 0), (0, 0)), constant_values=255) for p in pictures]))
     with atomic_write(out/'scores.csv', 'w') as f:
         w = csv.writer(f)

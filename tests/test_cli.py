@@ -149,7 +149,7 @@ MISTAKES = {
     "train skrgan --data {photos} --out {tmp}/x --scale huge": (1, "tour, gpu, paper"),
     "train skrgan --data {photos} --out {tmp}/x --scale tour --style cubist": (1, "cubist"),
     "train skrgan --data {photos} --out {tmp}/x --set ngf": (1, "name=value"),
-    "train skrgan --data {photos} --out {tmp}/x --scale tour --set colour=red": (1, "colour"),
+    "train skrgan --data {photos} --out {tmp}/x --scale tour --set colour=red": (1, "no argument 'colour'"),
     "train skrgan --data {photos} --out {tmp}/x --scale tour --steps 0": (1, "at least 1"),
     "train skrgan --data {photos} --out {tmp}/file/x --scale tour --steps 2": (1, "cannot write"),
     "train skrgan --data phantoms:toe --out {tmp}/x --scale tour": (1, "unknown phantom"),
@@ -194,7 +194,7 @@ def test_weights_of_another_recipe_or_none(medsketch, trained, tmp_path):
 
 def test_the_installed_command_runs_in_a_process_of_its_own(tmp_path):
     code = "from medsketch.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "sample", str(tmp_path)], check=False, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, "sample", str(tmp_path), "--out", str(tmp_path)], check=False, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("medsketch: ") and "Traceback" not in done.stderr
 
 

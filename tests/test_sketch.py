@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from medsketch.core import from_uint8
+from medsketch.data import ImageData, phantom_data
 from medsketch.phantoms import PHANTOMS, phantom
 from medsketch.readers import image_to_square
 from medsketch.sketch import (
@@ -163,16 +164,12 @@ def test_files_become_dark_strokes_on_white(tmp_path, method):
     assert np.median(s) == 255 and s.min() == 0
     assert (s[:8] == 255).all() # the padding is paper
 
-class Pictures:
-    "As much of an ImageData as `add_sketches` asks for"
-    size, channels, masks = 64, 3, None
-    def __init__(self, images): self.images, self.sketches = images, None
-    def __len__(self): return len(self.images)
-
 def test_a_data_set_is_drawn_once_and_left_as_it_was():
-    x = torch.stack([phantom('fundus', 64, seed=s)['image'] for s in range(3)])
-    ds = Pictures(((x + 1) * 127.5).round().to(torch.uint8).numpy())
-    out = add_sketches(ds, style='fundus')
+    ds = phantom_data('fundus', 3, 64)
+    out = add_sketches(ds, style='fundus', soft=False)
     assert ds.sketches is None and out.sketches.shape == (3, 64, 64) and set(np.unique(out.sketches)) == {0, 255}
-    with pytest.raises(ValueError, match='need masks'): add_sketches(ds, method='contour')
+    soft = add_sketches(ds, style='fundus').sketches
+    assert len(np.unique(soft)) > 20 and np.corrcoef(soft.ravel(), out.sketches.ravel())[0, 1] > .8
+    bare = ImageData(ds.images)
+    with pytest.raises(ValueError, match='need masks'): add_sketches(bare, method='contour')
     with pytest.raises(ValueError, match='unknown sketch method'): add_sketches(ds, method='pencil')
