@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'METRICS', 'main', 'sketch', 'train', 'sample', 'render', 'scores', 'table', 'evaluate', 'demo_one', 'demo']
 
-# %% ../nbs/60_cli.ipynb #075aff4a
+# %% ../nbs/60_cli.ipynb #26832d6b
 import csv
 import inspect
 import json
@@ -30,7 +30,7 @@ from .phantoms import PHANTOMS
 from .recipes import load_recipe, recipe_class
 from .sketch import METHODS, STYLES, get_style, read_sketch, sketch_file
 
-# %% ../nbs/60_cli.ipynb #e7a4e8ab
+# %% ../nbs/60_cli.ipynb #63fd9274
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Sketch-guided medical image synthesis: from images to sketches to new images.")
 
@@ -52,7 +52,7 @@ def _say(message, status):
     print('medsketch:', ' '.join(str(message).split()), file=sys.stderr)
     return status
 
-# %% ../nbs/60_cli.ipynb #53fe17e8
+# %% ../nbs/60_cli.ipynb #9a6bbfb9
 def _report(skipped):
     "List bad files on stderr"
     for path, reason in skipped: print(f'skipped {path}:', ' '.join(str(reason).split()), file=sys.stderr)
@@ -78,7 +78,7 @@ def _mask_of(case):
     "The mask contours are drawn from: the case's own, or the file itself in a folder of masks"
     return case.mask or case.path
 
-# %% ../nbs/60_cli.ipynb #2fa15f8a
+# %% ../nbs/60_cli.ipynb #d336f6df
 def _settings(pairs):
     "['ngf=32', 'augment=flip'] -> {'ngf': 32, 'augment': 'flip'}"
     out = {}
@@ -124,7 +124,7 @@ def train(recipe:str=typer.Argument(help="skrgan"),
     r.fit(ds, out, resume=resume, every=every, mixed_precision=precision)
     print(f'trained: {out}/weights.safetensors; draw from it with `medsketch sample {out} --n 100 --out DIR`')
 
-# %% ../nbs/60_cli.ipynb #7ab35ae7
+# %% ../nbs/60_cli.ipynb #a0558941
 def _write_image(folder, name, x):
     "Write (C, H, W) as PNG, or one PNG per modality; returns the file names"
     a = to_uint8(x)
@@ -165,7 +165,7 @@ def render(run:Path=typer.Argument(help="folder of a run, or a .safetensors file
     _report(skipped)
     print(f'{len(paths) - len(skipped)} images in {out}')
 
-# %% ../nbs/60_cli.ipynb #8b3b35ac
+# %% ../nbs/60_cli.ipynb #4fd01713
 METRICS = ('ms_ssim', 'swd')
 
 def scores(
@@ -173,13 +173,13 @@ def scores(
     fake, # (M, C, H, W) generated images in [-1, 1]
     metrics=METRICS, # which
     seed:int=0, # of pairs and projections
-) -> dict: # {metric: (score over as many images as both have, the same between two halves of the real ones)}
+) -> dict: # {metric: (score, the same between two halves of the real images)}, both from equally many images
     "The scores of generated against real images"
     if odd := [m for m in metrics if m not in METRICS]: raise ValueError(f"no metric is called {odd[0]!r}; there are: {', '.join(METRICS)}")
     pick = dict(ms_ssim=lambda a, b: ms_ssim_sets(a, b, seed=seed), swd=lambda a, b: swd(a, b, seed=seed)['mean'])
-    n, half = min(len(real), len(fake)), len(real) // 2
-    if half < 2: raise ValueError(f"{len(real)} real images are too few to score against: at least 4 are needed")
-    return {m: (pick[m](real[:n], fake[:n]), pick[m](real[:half], real[half:2 * half])) for m in metrics}
+    n = min(len(real) // 2, len(fake))
+    if n < 2: raise ValueError(f"{len(real)} real and {len(fake)} generated images are too few to score: at least 4 and 2 are needed")
+    return {m: (pick[m](real[:n], fake[:n]), pick[m](real[:n], real[n:2 * n])) for m in metrics}
 
 def table(
     rows:dict, # {name: `scores`}
@@ -201,9 +201,9 @@ def evaluate(real:Path=typer.Argument(help="folder of real images"), fake:Path=t
     _report(a.skipped + b.skipped)
     s = scores(a.batch(range(len(a)))['image'], b.batch(range(len(b)))['image'], metrics.split(','))
     if as_json: print(json.dumps(dict(real=len(a), fake=len(b), size=size, **{k: dict(score=v[0], real_halves=v[1]) for k, v in s.items()})))
-    else: print(f'{len(b)} generated against {len(a)} real images at {size} px; in brackets: two halves of the real ones', table({fake.name: s}), sep='\n')
+    else: print(f'{min(len(a) // 2, len(b))} generated against as many real images at {size} px (of {len(b)} and {len(a)}); in brackets: two halves of the real ones', table({fake.name: s}), sep='\n')
 
-# %% ../nbs/60_cli.ipynb #82121c3c
+# %% ../nbs/60_cli.ipynb #542ba029
 def demo_one(
     kind:str, # a phantom's name
     out, # folder of the run
@@ -212,7 +212,7 @@ def demo_one(
     n:int=256, # phantoms to train on; half as many again are held back
     seed:int=0,
 ) -> tuple: # (six samples, scores)
-    "Train SkrGAN on one kind of phantom, draw a hundred samples and score them against held-back phantoms"
+    "Train SkrGAN on one kind of phantom, draw a hundred samples and score them against held-back phantoms, equally many at a time"
     rows = phantom_data(kind, n + n // 2, size, seed)
     rows, held = rows.subset(range(n)), rows.subset(range(n, n + n // 2))
     small = dict(latent_dim=32, fmap_base=768, fmap_max=48, ngf=16, ndf=16, receptive_field=34, r1=3., batch_size=8)
@@ -248,5 +248,5 @@ def demo(out:Path=typer.Option('demo', help="folder for runs, picture and scores
         w = csv.writer(f)
         w.writerow(['phantom', *[c for m in METRICS for c in (m, f'{m}_real_halves')]])
         w.writerows([k, *[x for m in METRICS for x in v[m]]] for k, v in rows.items())
-    print(f'\n{table(rows)}\n\n100 samples of each against held-back phantoms; in brackets: two halves of the held-back ones.')
+    print(f'\n{table(rows)}\n\nSamples against as many held-back phantoms; in brackets: two halves of the held-back ones.')
     print(f'{out}/demo.png shows sketches and the images rendered from them')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'AUGMENT', 'SketchGenerator', 'SketchLosses', 'RenderLosses', 'JointLosses', 'SkrGAN']
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #2fb13505
+# %% ../../nbs/recipes/31_skrgan.ipynb #ea16a4b7
 import json
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..train.growth import Growth, grow_reals
 from ..train.losses import l1, logistic_d, logistic_g, r1_penalty
 from ..train.trainer import Phase
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #0be87e07
+# %% ../../nbs/recipes/31_skrgan.ipynb #9abf2491
 class SketchGenerator(nn.Module):
     "G_S: a noise pattern times the latent code, through a progressive generator, to a sketch (§2.2)"
     def __init__(self,
@@ -44,7 +44,7 @@ class SketchGenerator(nn.Module):
                ): # (N, 1, size, size), nearly in [0, 1]; clamp before showing
         return (self.net(noise * self.code, size, alpha) + 1) / 2
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #58ba52e2
+# %% ../../nbs/recipes/31_skrgan.ipynb #9de946b9
 class SketchLosses:
     "Eq. 1, the usual way round, on sketches of the resolution grown to"
     def __init__(self,
@@ -76,7 +76,7 @@ class SketchLosses:
         lazy = [Phase('R1', self.d_r1, opt_d, every=self.every)] if self.r1 else []
         return [Phase('G_S', self.g, opt_g), Phase('D_S', self.d, opt_d), *lazy]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #b9a5ccd7
+# %% ../../nbs/recipes/31_skrgan.ipynb #133bacce
 class RenderLosses:
     "Eq. 2, the usual way round: adversarial loss on pairs, plus λ times L1"
     def __init__(self,
@@ -97,7 +97,7 @@ class RenderLosses:
         "The phases of the render stage"
         return [Phase('G_P', self.g, opt_g), Phase('D_P', self.d, opt_d)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #c893d06e
+# %% ../../nbs/recipes/31_skrgan.ipynb #776b3934
 class JointLosses:
     "Eq. 3: both objectives together, with gradients from the rendered image into the sketch generator"
     def __init__(self,
@@ -125,7 +125,7 @@ class JointLosses:
         "The phases of the joint stage"
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #2a164dc2
+# %% ../../nbs/recipes/31_skrgan.ipynb #9df2c8ed
 STAGES = ('sketch', 'render', 'joint')
 AUGMENT = dict(none=None, flip=flip_lr, rotate=flip_rotate)
 
@@ -149,7 +149,7 @@ class SkrGAN(Recipe):
                  ndf:int=64, # feature maps of D_P's first layer
                  receptive_field:int=70, # of D_P, pixels
                  lam:float=100., # λ of Eq. 2
-                 r1:float=1., # gamma of the R1 penalty on D_S; weaker ones let D_S win on small sets
+                 r1:float=1., # gamma of the R1 penalty on D_S; 0 for none
                  batches:int|dict=4000, # sketch stage: batches per resolution, one number or {resolution: number}
                  render_steps:int=20_000, # render stage: batches
                  joint_steps:int=0, # joint stage (Eq. 3): batches; 0 leaves it out
