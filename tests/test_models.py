@@ -273,6 +273,25 @@ def test_renderer_in_evaluation_mode(norm, dropout):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())    # the original is as it was
 
 
+def test_a_shallow_renderer_answers_nearby_only_and_knows_its_place():
+    torch.manual_seed(0)
+    plain, placed = (UNetRenderer(128, ngf=4, ngf_max=8, depth=3, place=p).eval() for p in (False, True))
+    assert max(m.weight.shape[0] for m in plain.down) == 8
+    placed.load_state_dict(plain.state_dict() | dict(place=placed.place))
+    x = torch.zeros(1, 1, 128, 128)
+    y = x.clone()
+    y[..., 60:68, 60:68] = 1
+    with torch.no_grad():
+        assert torch.equal(plain(x), placed(x))                                # a new map is blank
+        change = (placed(y) - placed(x)).abs().amax((0, 1))
+        assert change[64, 64] > 0 and change[:30].max() == 0 and change[:, 100:].max() == 0
+        placed.place[..., :8] += 1.
+        moved = (placed(x) - plain(x)).abs().amax((0, 1, 2))
+        assert moved[:56].min() > 0 and moved[100:].max() == 0                 # the left half of the map, the left half of the image
+        close(placed.for_inference()(y), placed(y))
+        assert placed(torch.zeros(1, 1, 64, 64)).shape == (1, 3, 64, 64)
+
+
 @pytest.mark.parametrize('wrong, message', [
     (lambda: UNetRenderer(64, depth=1), 'use 2 to 6'), (lambda: UNetRenderer(64, norm='layer'), "'instance'"),
     (lambda: UNetRenderer(64, ngf=2)(torch.zeros(1, 3, 64, 64)), 'wants (N, 1, H, W)'),

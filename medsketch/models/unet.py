@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNetRenderer']
 
-# %% ../../nbs/models/22_unet.ipynb #32c0da67
+# %% ../../nbs/models/22_unet.ipynb #a8cc8b24
 import copy
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from ..core import check_size
 from .layers import Conv2d, norm_layer
 
-# %% ../../nbs/models/22_unet.ipynb #230be24a
+# %% ../../nbs/models/22_unet.ipynb #2550dfc5
 class UNetRenderer(nn.Module):
     "The pix2pix U-Net: sketches in, images in [-1, 1] out"
     def __init__(self,
@@ -23,16 +23,19 @@ class UNetRenderer(nn.Module):
         in_channels:int=1, # channels of the sketch (or whatever is rendered)
         out_channels:int=3, # channels of the image
         ngf:int=64, # feature maps of the outermost level; inner levels have 2, 4, 8, 8 ... times as many
+        ngf_max:int=None, # but no more than this; 8 * ngf if not given
         depth:int=None, # halvings; log2(size) if not given, down to 1 x 1
         norm:str='batch', # 'batch', 'instance' or 'none'
         dropout:float=0., # probability, in the three innermost upward levels of full width
+        place:bool=False, # learn what is usual where: a map added to the innermost level
     ):
         super().__init__()
         depth = depth or check_size(size).bit_length() - 1
         if not 2 <= depth <= check_size(size).bit_length() - 1:
             raise ValueError(f"depth {depth} does not fit size {size}; use 2 to {size.bit_length() - 1}")
         self.in_channels, self.depth = in_channels, depth
-        f = [ngf * min(2**i, 8) for i in range(depth)]
+        f = [min(ngf * min(2**i, 8), ngf_max or 8 * ngf) for i in range(depth)]
+        self.place = nn.Parameter(torch.zeros(1, f[-1], size >> depth, size >> depth)) if place else None
         bias = norm != 'batch'
         self.down = nn.ModuleList(Conv2d(a, b, bias=bias) for a, b in zip([in_channels] + f, f))
         self.down_norm = nn.ModuleList(norm_layer(norm if 0 < i < depth - 1 else 'none', c) for i, c in enumerate(f))
@@ -40,7 +43,7 @@ class UNetRenderer(nn.Module):
         self.up = nn.ModuleList(Conv2d(a, b, bias=bias or i == depth - 1, transposed=True)
                                 for i, (a, b) in enumerate(zip(ins, outs)))
         self.up_norm = nn.ModuleList(norm_layer(norm, c) for c in outs[:-1])
-        self.dropout = nn.ModuleList(nn.Dropout(dropout if 1 <= i <= 3 and outs[i] == ngf * 8 else 0.) for i in range(depth - 1))
+        self.dropout = nn.ModuleList(nn.Dropout(dropout if 1 <= i <= 3 and outs[i] == max(f) else 0.) for i in range(depth - 1))
 
     def forward(self,
         x, # (N, in_channels, H, W), H and W multiples of 2**depth
@@ -54,6 +57,7 @@ class UNetRenderer(nn.Module):
         for conv, norm in zip(self.down, self.down_norm):
             x = norm(conv(F.leaky_relu(x, .2) if skips else x))
             skips.append(x)
+        if self.place is not None: skips[-1] = x + F.interpolate(self.place, x.shape[2:])
         x = self.up[0](F.relu(skips.pop()))
         for norm, dropout, up in zip(self.up_norm, self.dropout, self.up[1:]):
             x = up(F.relu(torch.cat([skips.pop(), dropout(norm(x))], 1)))
