@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['STAGES', 'AUGMENT', 'SketchGenerator', 'SketchLosses', 'RenderLosses', 'JointLosses', 'SkrGAN']
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #ea16a4b7
+# %% ../../nbs/recipes/31_skrgan.ipynb #ea0668de
+import copy
 import json
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..batches import Batches, flip_lr, flip_rotate
+from ..batches import Augment, Batches, flip_lr, flip_rotate, turn
 from ..core import check_size, sample_grid, torch_rng
+from ..drafts import add_drafts, edit, wobble
 from ..models.patchgan import PatchDiscriminator
 from ..models.pggan import PGDiscriminator, PGGenerator
 from ..models.unet import UNetRenderer
@@ -23,7 +25,7 @@ from ..train.growth import Growth, grow_reals
 from ..train.losses import l1, logistic_d, logistic_g, r1_penalty
 from ..train.trainer import Phase
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #9abf2491
+# %% ../../nbs/recipes/31_skrgan.ipynb #ec7d1a91
 class SketchGenerator(nn.Module):
     "G_S: a noise pattern times the latent code, through a progressive generator, to a sketch (§2.2)"
     def __init__(self,
@@ -44,7 +46,7 @@ class SketchGenerator(nn.Module):
                ): # (N, 1, size, size), nearly in [0, 1]; clamp before showing
         return (self.net(noise * self.code, size, alpha) + 1) / 2
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #9de946b9
+# %% ../../nbs/recipes/31_skrgan.ipynb #b99cff2a
 class SketchLosses:
     "Eq. 1, the usual way round, on sketches of the resolution grown to"
     def __init__(self,
@@ -76,18 +78,21 @@ class SketchLosses:
         lazy = [Phase('R1', self.d_r1, opt_d, every=self.every)] if self.r1 else []
         return [Phase('G_S', self.g, opt_g), Phase('D_S', self.d, opt_d), *lazy]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #133bacce
+# %% ../../nbs/recipes/31_skrgan.ipynb #caba1590
 class RenderLosses:
     "Eq. 2, the usual way round: adversarial loss on pairs, plus λ times L1"
     def __init__(self,
                  lam:float=100., # λ, weight of L1 (§3)
-                ): self.lam = lam
+                 local:float=0., # weight of the change an edit makes where nothing was edited (not in the paper); 0 for none
+                ): self.lam, self.local = lam, local
 
     def g(self, nets, batch):
         y, x = batch['sketch'], batch['image']
-        fake = nets.G_P(y * 2 - 1)
+        edited, stays = edit(y) if self.local else (y[:0], None)
+        fake, other = nets.G_P(torch.cat([y, edited]) * 2 - 1).split([len(y), len(edited)])
         batch['fake'] = fake.detach()
-        return dict(adv=logistic_g(nets.D_P(fake, y)), l1=self.lam * l1(fake, x))
+        losses = dict(adv=logistic_g(nets.D_P(fake, y)), l1=self.lam * l1(fake, x))
+        return losses | (dict(local=self.local * ((other - fake).abs() * stays).mean()) if self.local else {})
 
     def d(self, nets, batch):
         y = batch['sketch']
@@ -97,7 +102,7 @@ class RenderLosses:
         "The phases of the render stage"
         return [Phase('G_P', self.g, opt_g), Phase('D_P', self.d, opt_d)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #776b3934
+# %% ../../nbs/recipes/31_skrgan.ipynb #edb1a7ab
 class JointLosses:
     "Eq. 3: both objectives together, with gradients from the rendered image into the sketch generator"
     def __init__(self,
@@ -125,9 +130,9 @@ class JointLosses:
         "The phases of the joint stage"
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
 
-# %% ../../nbs/recipes/31_skrgan.ipynb #9df2c8ed
+# %% ../../nbs/recipes/31_skrgan.ipynb #711111da
 STAGES = ('sketch', 'render', 'joint')
-AUGMENT = dict(none=None, flip=flip_lr, rotate=flip_rotate)
+AUGMENT = dict(none=None, flip=flip_lr, rotate=flip_rotate, turn=Augment(flip_lr, turn), all=Augment(flip_rotate, turn))
 
 class SkrGAN(Recipe):
     "Noise to sketch to image (Zhang et al. 2019)"
@@ -146,6 +151,9 @@ class SkrGAN(Recipe):
                  fmap_base:int=8192, # widths of G_S and D_S
                  fmap_max:int=512, # widths of G_S and D_S
                  ngf:int=64, # feature maps of the U-Net's outermost level
+                 ngf_max:int=None, # and of its widest; 8 * ngf if not given
+                 depth:int=None, # halvings in the U-Net; down to a single pixel if not given
+                 place:bool=False, # a shallow U-Net does not know where it is: let it learn what is usual where
                  ndf:int=64, # feature maps of D_P's first layer
                  receptive_field:int=70, # of D_P, pixels
                  lam:float=100., # λ of Eq. 2
@@ -154,8 +162,10 @@ class SkrGAN(Recipe):
                  render_steps:int=20_000, # render stage: batches
                  joint_steps:int=0, # joint stage (Eq. 3): batches; 0 leaves it out
                  batch_size:int=16, # images per batch (§3)
-                 augment:str='rotate', # 'rotate' (flips and quarter turns), 'flip' (left-right) or 'none'
+                 augment:str='rotate', # 'rotate' (flips and quarter turns), 'flip' (left-right), 'turn' (left-right and a few degrees), 'all' (quarter turns as well) or 'none'
                  style:str='generic', # sketch style, for data that comes without sketches
+                 hand:bool=False, # render stage: learn from many drafts of each image, spoiled as hands do, so that people can draw for it
+                 local:float=0., # render stage: weight of the change that an edit makes where nothing was edited
                  seed:int=0, # of weights, batches and noise
                 ):
         config = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
@@ -167,7 +177,7 @@ class SkrGAN(Recipe):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.nets = dict(G_S=SketchGenerator(size, latent_dim, fmap_base, fmap_max), D_S=PGDiscriminator(size, 1, fmap_base, fmap_max),
-                             G_P=UNetRenderer(size, 1, channels, ngf), D_P=PatchDiscriminator(1 + channels, ndf, receptive_field))
+                             G_P=UNetRenderer(size, 1, channels, ngf, ngf_max, depth, place=place), D_P=PatchDiscriminator(1 + channels, ndf, receptive_field))
         if size < self.nets['D_P'].least: raise ValueError(f"receptive_field={receptive_field} needs images of {self.nets['D_P'].least} pixels or more, not {size}: use a smaller one")
         for n in self.nets.values(): n.eval()
 
@@ -197,11 +207,18 @@ class SkrGAN(Recipe):
         for i, stage in enumerate(STAGES):
             left_out = stage not in stages
             if left_out and not (out and checkpoints(f'{out}/{stage}/checkpoints')): continue
-            batches = Batches(data, c['batch_size'], seed=c['seed'] + i, augment=AUGMENT[c['augment']])
+            batches = self._batches(data, c['seed'] + i, by_hand=c['hand'] and stage == 'render')
             common = dict(folder=f'{out}/{stage}' if out else None, meta=meta, every=every, progress=progress, seed=c['seed'] + i)
             getattr(self, f'_fit_{stage}')(batches, only_load=left_out, **common, **kwargs)
             if out: self.save(f'{out}/weights.safetensors')
         return self
+
+    def _batches(self, data, seed, by_hand):
+        augment = AUGMENT[self.config['augment']]
+        if by_hand:
+            data, move = add_drafts(data, self.config['style']), augment
+            augment = lambda batch, rng: wobble(move(batch, rng) if move else batch, rng)
+        return Batches(data, self.config['batch_size'], seed=seed, augment=augment)
 
     def _adam(self, *names, part=1.):
         "Adam at the paper's rates, or part of them: 0.001 for the sketch pair, 0.0002 for the render pair (§3)"
@@ -216,6 +233,7 @@ class SkrGAN(Recipe):
         self.ema = Ema(**{n: self.nets[n] for n in names if n in self.inference})
         try: train_stage({n: self.nets[n] for n in names}, phases, batches, steps, ema=self.ema, **kwargs)
         finally:
+            self.learned |= set(names)
             for n, avg in self.ema.nets.items(): self.nets[n].load_state_dict(avg.state_dict())
             for n in self.nets.values(): n.eval()
 
@@ -229,11 +247,11 @@ class SkrGAN(Recipe):
                     before=[fade], draw=draw, columns=lambda: dict(size=fade.size, alpha=f'{fade.alpha:.3f}'), **kwargs)
 
     def _fit_render(self, batches, **kwargs):
-        shown = batches.ds.batch(range(min(8, len(batches.ds))))
+        shown = batches.ds.batch(np.linspace(0, len(batches.ds) - 1, min(8, len(batches.ds))).astype(int))
         def draw():
             made = self.ema.nets['G_P'](shown['sketch'].to(self.device) * 2 - 1)
             return sample_grid(dict(sketch=shown['sketch'], rendered=made, image=shown['image']), ('sketch', 'rendered', 'image'))
-        losses = RenderLosses(self.config['lam'])
+        losses = RenderLosses(self.config['lam'], self.config['local'])
         self._train(('G_P', 'D_P'), losses.phases(self._adam('G_P'), self._adam('D_P')), batches,
                     self.config['render_steps'], draw=draw, best='G_P_l1', **kwargs)
 
@@ -259,15 +277,16 @@ class SkrGAN(Recipe):
                n:int, # how many
                seed:int=0, # the same seed gives the same samples
                batch_size:int=16, # drawn at a time
-              ) -> dict: # sketch (n, 1, H, W) in [0, 1], image (n, C, H, W) in [-1, 1]
+              ) -> dict: # sketch (n, 1, H, W) in [0, 1]; image (n, C, H, W) in [-1, 1], if the renderer was trained
         "Draw sketches from noise, and render them"
         if n < 1: raise ValueError(f"n={n}: ask for at least one sample")
+        self.need('G_S')
         parts = [self._sample(self.noise(min(batch_size, n - i), seed, i)) for i in range(0, n, batch_size)]
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
     def _sample(self, noise):
         sketch = self.nets['G_S'](noise).clamp(0, 1)
-        return dict(sketch=sketch, image=self.nets['G_P'](sketch * 2 - 1))
+        return dict(sketch=sketch) | (dict(image=self.nets['G_P'](sketch * 2 - 1)) if 'G_P' in self.shared else {})
 
     @torch.no_grad()
     def render(self,
@@ -277,4 +296,13 @@ class SkrGAN(Recipe):
         s = torch.as_tensor(np.asarray(sketch) if not torch.is_tensor(sketch) else sketch, dtype=torch.float32, device=self.device)
         s, size = s.reshape(-1, 1, *s.shape[-2:]), self.config['size']
         if s.shape[-2:] != (size, size): raise ValueError(f"the sketch is {tuple(s.shape[-2:])} pixels, this recipe renders {size} × {size}")
+        self.need('G_P')
         return torch.cat([self.nets['G_P'](part * 2 - 1) for part in s.split(16)])
+
+    def for_drawing(self,
+                    dtype=torch.float32, # torch.bfloat16 where the processor is quicker with it
+                   ):
+        "A copy that only draws, and sooner: the renderer with its norms folded in"
+        r = copy.copy(self)
+        r.nets = {n: net for n, net in self.nets.items() if n in self.inference} | dict(G_P=self.nets['G_P'].for_inference(dtype))
+        return r
