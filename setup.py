@@ -25,6 +25,13 @@ setup(
     keywords=cfg["keywords"].split(),
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["medsketch", "medsketch.*"]),
+    package_data={"medsketch": ["weights/*"]},
+    data_files=[
+        (f"share/medsketch/{folder.relative_to(here)}", [str(p.relative_to(here)) for p in files])
+        for folder in [here / "nbs", *sorted(p for p in (here / "nbs").rglob("*") if p.is_dir())]
+        if ".ipynb_checkpoints" not in folder.parts
+        and (files := sorted(p for p in folder.iterdir() if p.suffix in (".ipynb", ".png", ".jpg")))
+    ],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={
