@@ -205,3 +205,39 @@ def test_demo_writes_picture_and_scores(medsketch, tmp_path):
     rows = (tmp_path / "demo/scores.csv").read_text().splitlines()
     assert [r.split(",")[0] for r in rows] == ["phantom", "fundus", "brain_mri"]
     assert "swd" in out and "demo.png" in out
+
+
+def test_one_stage_alone(medsketch, photos, tmp_path):
+    "A renderer for people who draw: trained without a sketch generator, and it says so when asked for sketches"
+    status, _, err = medsketch(f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --stages render --set hand=true --set local=20")
+    assert (status, err) == (0, "")
+    medsketch(f"sketch {photos} {tmp_path}/s --style fundus --size 32")
+    assert medsketch(f"render {tmp_path}/run --sketches {tmp_path}/s --out {tmp_path}/r")[0] == 0
+    assert len(list((tmp_path / "r").iterdir())) == 8
+    status, _, err = medsketch(f"sample {tmp_path}/run --n 2 --out {tmp_path}/new")
+    assert status == 1 and "hold no G_S" in err and not (tmp_path / "new").exists()
+    status, _, err = medsketch(f"train skrgan --data {photos} --out {tmp_path}/x {TINY} --stages paint")
+    assert status == 1 and "no stage is called 'paint'" in err
+
+
+def test_sketches_alone_can_be_sampled(medsketch, photos, tmp_path):
+    assert medsketch(f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --stages sketch")[0] == 0
+    status, out, _ = medsketch(f"sample {tmp_path}/run --n 2 --out {tmp_path}/new")
+    assert status == 0 and "2 samples (sketch)" in out
+    assert [p.name for p in (tmp_path / "new").iterdir() if p.is_dir()] == ["sketches"]
+    assert all("images" not in json.loads(line) for line in (tmp_path / "new/metadata.jsonl").read_text().splitlines())
+
+
+def test_packaged_weights_by_name(medsketch, photos, tmp_path):
+    medsketch(f"sketch {photos} {tmp_path}/s --style fundus --size 128")
+    assert medsketch(f"render lung_ct --sketches {tmp_path}/s --out {tmp_path}/r")[0] == 0
+    assert pixels(tmp_path / "r/eye0.png").shape == (128, 128)
+
+
+@pytest.mark.parametrize("line, says", [
+    ("studio kidney", "no weights are called kidney"), ("studio fundus --port 700000", "choose another --port"),
+    ("lab {file}/below", "cannot write notebooks"), ("pretrain chest_xray --out {tmp}/x --data {tmp}", "mhh_covid")])
+def test_mistakes_of_people_who_draw(medsketch, tmp_path, line, says):
+    (tmp_path / "file").write_text("")
+    status, _, err = medsketch(line.format(file=tmp_path / "file", tmp=tmp_path))
+    assert status == 1 and says in err and err.count("\n") == 1

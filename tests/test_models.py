@@ -277,7 +277,7 @@ def test_a_shallow_renderer_answers_nearby_only_and_knows_its_place():
     torch.manual_seed(0)
     plain, placed = (UNetRenderer(128, ngf=4, ngf_max=8, depth=3, place=p).eval() for p in (False, True))
     assert max(m.weight.shape[0] for m in plain.down) == 8
-    placed.load_state_dict(plain.state_dict() | dict(place=placed.place))
+    placed.load_state_dict(plain.state_dict() | {'place': placed.place})
     x = torch.zeros(1, 1, 128, 128)
     y = x.clone()
     y[..., 60:68, 60:68] = 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOOL_KEYS', 'TOOL_TIPS', 'OPEN_AS', 'LIVE', 'HELP', 'LOOK', 'Toolbar', 'SketchPad']
 
-# %% ../../nbs/studio/51_sketchpad.ipynb #b0c07e01
+# %% ../../nbs/studio/51_sketchpad.ipynb #906f33a4
 import base64
 import html
 import math
@@ -24,7 +24,7 @@ from .board import Board, Hand, How, to_stroke, upright
 from .ink import Picture, box_of
 from .strokes import Drawing
 
-# %% ../../nbs/studio/51_sketchpad.ipynb #ee81f562
+# %% ../../nbs/studio/51_sketchpad.ipynb #0bf045a5
 TOOL_KEYS = {'p': 'pen', 'l': 'line', 'r': 'region', 'e': 'eraser'}
 TOOL_TIPS = {'pen': 'Draw freehand', 'line': 'Draw a straight line', 'region': 'Circle an area to fill it with the class', 'eraser': 'Rub out'}
 OPEN_AS = (('as sketch', 'sketch'), ('as image to sketch', 'image'), ('as image underneath', 'underlay'))
@@ -79,7 +79,7 @@ class Toolbar(w.VBox):
             button.icon = 'check' if i == cls else ''
             button.style.font_weight = 'bold' if i == cls else 'normal'
 
-# %% ../../nbs/studio/51_sketchpad.ipynb #54bc933b
+# %% ../../nbs/studio/51_sketchpad.ipynb #047bb30b
 LIVE = .06 # seconds between two notices of a stroke that is being drawn
 HELP = ('Keys, once the sheet has been clicked: P pen, L line, {region}E eraser, [ and ] width, Ctrl+Z undo, Ctrl+Y redo, '
         'Delete clear, Esc gives a stroke up, Tab leaves the sheet')
@@ -99,6 +99,7 @@ class SketchPad(w.VBox):
         self.board, self.hand, self.image_style = Board(self.drawing, int(display)), Hand(), 'generic'
         self.canvas, self.bar, self.message = self.board.canvas, Toolbar(self.drawing), w.HTML()
         self._cls, self._how, self._callbacks, self._next = 1, None, [], 0.
+        self.more_keys = {} # key: (name, function), for apps that have more to offer; `say('')` shows them
         self._other = min(.04 * self.drawing.size, 10**self.bar.width_px.max) # width of the eraser while a pen is out, and the other way round
         super().__init__([w.HTML(LOOK, layout=w.Layout(display='none')), self.bar, self.canvas, self.message], layout=w.Layout(overflow='visible'))
         self._listen()
@@ -144,7 +145,8 @@ class SketchPad(w.VBox):
         error:bool=False, # something went wrong
     ):
         "Show a line under the pad"
-        line = html.escape(text or HELP.format(region='R region, 1 to 9 class, ' if self.bar.classes else ''))
+        own = ''.join(f', {k.upper()} {name}' for k, (name, _) in self.more_keys.items())
+        line = html.escape(text or HELP.format(region='R region, 1 to 9 class, ' if self.bar.classes else '') + own)
         self.message.value = f'<span role="alert"><b>&#9888; {line}</b></span>' if error else line
 
     def _try(self, act, *args):
@@ -221,7 +223,7 @@ class SketchPad(w.VBox):
         elif low in TOOL_KEYS: return setattr(self, 'tool', TOOL_KEYS[low])
         elif low.isdecimal() and low != '0' and self.bar.classes: return setattr(self, 'cls', int(low))
         elif low in ('[', ']'): return setattr(self, 'width', self.width * (1.25 if low == ']' else .8))
-        else: act = {'delete': self.clear, 'backspace': self.clear, 'escape': self.drop, 'tab': self._leave}.get(low)
+        else: act = {'delete': self.clear, 'backspace': self.clear, 'escape': self.drop, 'tab': self._leave, **{k: f for k, (_, f) in self.more_keys.items()}}.get(low)
         if act: act()
 
     def _leave(self):

@@ -1,0 +1,251 @@
+"The drawing app without a browser: what its pad, its thread and its buttons do"
+import json
+import threading
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from medsketch.core import png_bytes
+from medsketch.data import phantom_data
+from medsketch.recipes import RECIPES, recipe_class
+from medsketch.studio.live import (
+    LiveRender,
+    Newest,
+    UploadRender,
+    as_picture,
+    difference,
+    real_image,
+    surprise,
+)
+from medsketch.studio.strokes import Drawing
+
+TINY = {"latent_dim": 8, "fmap_base": 64, "fmap_max": 8, "ngf": 4, "ndf": 4, "receptive_field": 16}
+
+
+def tiny(size=32, **kw): return recipe_class('skrgan')(size=size, style='fundus', **TINY, **kw)
+
+
+@pytest.fixture
+def app(tmp_path):
+    a = LiveRender(tiny(), out=tmp_path/'out')
+    assert a.worker.wait(20)
+    return a
+
+
+def draw(app, *points):
+    send = lambda kind, x, y: app.pad.handle({"event": kind, "x": x, "y": y})
+    send('mouse_down', *points[0])
+    for p in points[1:]: send('mouse_move', *p)
+    send('mouse_up', *points[-1])
+
+
+def pixels(app):
+    assert app.worker.wait(20)
+    return cv2.imdecode(np.frombuffer(app.image.value, np.uint8), 1)[..., ::-1]
+
+
+def test_a_stroke_changes_the_image_and_undo_brings_back_the_old_one(app):
+    empty = pixels(app)
+    draw(app, (50, 50), (300, 300), (450, 120))
+    drawn = pixels(app)
+    assert (drawn != empty).any()
+    app.pad.undo()
+    assert (pixels(app) == empty).all()
+    app.pad.redo()
+    assert (pixels(app) == drawn).all()
+    expected = as_picture(app.recipe.render(app.pad.sketch(32))[0])
+    assert np.abs(drawn.astype(int) - expected).max() <= 1        # norms are folded, so the last bit may differ
+
+
+def test_the_image_follows_while_the_stroke_is_drawn(app):
+    empty = pixels(app)
+    app.pad.handle({"event": 'mouse_down', "x": 50, "y": 50})
+    for i in range(20):
+        app.pad.handle({"event": 'mouse_move', "x": 50 + 20 * i, "y": 60 + 15 * i})
+        time.sleep(.02)
+    assert (pixels(app) != empty).any() and not app.pad.drawing.can_undo
+
+
+def test_two_hundred_strokes_lose_none_and_the_newest_is_shown(app):
+    for i in range(200): draw(app, (10 + 2 * i, 10), (500 - 2 * i, 500))
+    last = pixels(app)
+    assert len(app.pad.drawing.actions) == 200
+    assert np.abs(last.astype(int) - as_picture(app.recipe.render(app.pad.drawing.sketch(32))[0])).max() <= 1
+    assert app.worker.answered == app.worker.asked
+
+
+def test_nothing_queues_up():
+    answers, busy = [], threading.Semaphore(0)
+    newest = Newest(lambda r: (busy.acquire(timeout=5), r)[1], answers.append, pytest.fail)
+    for i in range(50): newest.ask(i)
+    for _ in range(2): busy.release()
+    assert newest.wait(5) and answers[-1] == 49 and len(answers) <= 2
+
+
+def test_an_error_is_shown_and_does_not_end_the_thread(app):
+    def broken(sketch): raise ValueError('the ink is <dry>')
+    right, app.drawer = app.drawer, type('Broken', (), {"render": staticmethod(broken)})
+    draw(app, (50, 50), (100, 100))
+    app.worker.wait(10)
+    assert 'the ink is &lt;dry&gt;' in app.status.value and 'alert' in app.status.value
+    app.drawer = right
+    draw(app, (150, 50), (100, 100))
+    app.worker.wait(10)
+    assert 'rendered in' in app.status.value
+
+
+def test_weights_that_do_not_exist_leave_everything_as_it_was(app):
+    before = pixels(app)
+    app.use('kidney')
+    assert 'no weights are called kidney' in app.status.value and app.name == 'skrgan'
+    app.other.value = 'nobody knows'
+    assert 'no weights are called nobody knows' in app.status.value
+    assert (pixels(app) == before).all()
+
+
+def test_other_weights_of_another_size(app, tmp_path):
+    tiny(64, channels=1).save(tmp_path/'grey.safetensors')
+    draw(app, (50, 50), (300, 300))
+    app.other.value = str(tmp_path/'grey.safetensors')
+    image = pixels(app)
+    assert image.shape == (64, 64, 3) and (image[..., 0] == image[..., 1]).all()
+    assert app.model.value == str(tmp_path/'grey.safetensors') and app.other.value == ''
+    app.model.value = 'skrgan'
+    assert pixels(app).shape == (32, 32, 3) and len(app.pad.drawing.actions) == 1
+
+
+def test_surprise_is_a_function_of_the_seed(app):
+    app.seed.value = 5
+    app.surprise()
+    first = pixels(app)
+    assert app.seed.value == 6
+    app.surprise()
+    assert (pixels(app) != first).any()
+    app.seed.value = 5
+    app.surprise()
+    assert (pixels(app) == first).all()
+
+
+def test_surprise_without_a_sketch_generator_is_a_phantom(tmp_path):
+    r = tiny()
+    r.learned = {'G_P'}
+    assert surprise(r, 1).shape == (1, 32, 32) and surprise(r, 1).any() and (surprise(r, 1) != surprise(r, 2)).any()
+    r.config['style'] = 'ultrasound'
+    with pytest.raises(ValueError, match='no phantom shows ultrasound'): surprise(r, 1)
+
+
+def test_editing_a_real_image_compares(app):
+    eye = phantom_data('fundus', 1, 64, seed=3)[0]['image']
+    app.edit(eye)
+    pixels(app)
+    assert [f'alt="{k}"' in app.compare.value for k in ('real', 'before', 'now', 'change')] == [True] * 4
+    assert (app.shown['before'] == app.shown['picture']).all()
+    draw(app, (100, 100), (400, 400))
+    pixels(app)
+    assert (app.shown['before'] != app.shown['picture']).any()
+    app.surprise()
+    pixels(app)
+    assert app.compare.value == '' and app.pad.board.under is None
+    app.edit(torch.zeros(1, 32, 32))
+    assert 'the image has 1 channel, these weights draw 3' in app.status.value
+
+
+def test_the_difference_is_dark_where_nothing_changed():
+    a = np.full((4, 4, 3), 100, np.uint8)
+    b = a.copy()
+    b[0, 0, 1], b[1, 1] = 130, 255
+    d = difference(a, b).astype(int).sum(-1)
+    assert d[2, 2] < 8 and d[2, 2] < d[0, 0] < d[1, 1]
+
+
+def test_comparing_from_here_without_a_real_image(app):
+    draw(app, (50, 50), (300, 300))
+    app.keep()
+    before = pixels(app)
+    draw(app, (300, 50), (50, 400))
+    after = pixels(app)
+    assert (app.shown['before'] == before).all() and (after != before).any() and 'alt="real"' not in app.compare.value
+
+
+@pytest.mark.parametrize('form', [lambda n, c: ({'name': n, 'content': memoryview(c)},), lambda n, c: {n: {'content': c}}])
+def test_uploads_of_both_generations_of_ipywidgets(app, form):
+    eye = (phantom_data('fundus', 1, 64, seed=3).images[0].transpose(1, 2, 0)).copy()
+    app._uploaded(form('eye.png', png_bytes(eye)))
+    pixels(app)
+    assert 'alt="real"' in app.compare.value
+    app._uploaded(form('notes.png', b'not a picture'))
+    assert 'notes.png cannot be used' in app.status.value and '/tmp' not in app.status.value
+
+
+def test_real_images_become_what_the_recipe_draws():
+    grey = np.full((40, 30), 100, np.uint8)
+    assert real_image(png_bytes(grey), 'a.png', 64, 3).shape == (3, 64, 64)
+    colour = np.zeros((64, 64, 3), np.uint8) + np.uint8([200, 100, 50])
+    x = real_image(png_bytes(colour), 'a.png', 32, 1)
+    assert x.shape == (1, 32, 32) and abs(x.mean() - ((.299 * 200 + .587 * 100 + .114 * 50) / 127.5 - 1)) < .01
+    with pytest.raises(ValueError, match='these weights draw 4'): real_image(png_bytes(grey), 'a.png', 64, 4)
+    with pytest.raises(ValueError, match='../b.png|b.png'): real_image(b'', '../b.png', 64, 3)
+
+
+def test_export_writes_everything_and_never_over_what_is_there(app):
+    draw(app, (50, 50), (300, 300))
+    first, second = app.export(), app.export()
+    assert first != second
+    names = {p.name for p in first.iterdir()}
+    assert names == {'sketch.png', 'image.png', 'side_by_side.png', 'strokes.json', 'about.json'}
+    assert (cv2.imread(str(first/'image.png'))[..., ::-1] == pixels(app)).all()
+    again = Drawing.from_json((first/'strokes.json').read_text())
+    assert (again.sketch() == app.pad.drawing.sketch()).all()
+    about = json.loads((first/'about.json').read_text())
+    assert about['synthetic'] and about['recipe'] == 'skrgan'
+    for n in names: assert f'download="{n}"' in app.links.value
+
+
+def test_export_to_a_place_that_cannot_be_written(app, tmp_path):
+    (tmp_path/'file').write_text('')
+    app.out = tmp_path/'file'/'below'
+    assert app.export() is None and 'alert' in app.status.value
+
+
+def test_upload_instead_of_a_pad():
+    a = UploadRender(tiny())
+    paper = np.full((100, 100), 255, np.uint8)
+    cv2.line(paper, (10, 10), (90, 90), 0, 5)
+    a._uploaded(({'name': 'mine.png', 'content': png_bytes(paper)},))
+    shown = cv2.imdecode(np.frombuffer(a.image.value, np.uint8), 1)
+    assert shown.shape == (32, 64, 3) and (shown[:, :32] < 100).any()
+    a._uploaded(({'name': 'mine.txt', 'content': b'?'},))
+    assert 'mine.txt is not a picture' in a.status.value
+
+
+def test_a_recipe_that_does_not_render_says_so(monkeypatch):
+    monkeypatch.setitem(RECIPES, 'skrgan', RECIPES['skrgan'])      # a subclass takes its parent's place in the table
+    class Silent(recipe_class('skrgan')):
+        render = property()
+    r = Silent(size=32, **TINY)
+    a = LiveRender(r)
+    a.worker.wait(10)
+    assert 'does not render sketches' in a.status.value
+    a.surprise()
+    assert 'skrgan is not loaded' in a.status.value
+
+
+def test_the_page_has_a_picture_where_no_kernel_runs(app):
+    import base64
+    shown = cv2.imdecode(np.frombuffer(base64.b64decode(app._repr_mimebundle_()['image/png']), np.uint8), 1)
+    assert shown.shape == (256, 512, 3)
+
+
+def test_keys_of_the_app_work_on_the_sheet(app):
+    press = lambda key: app.pad.handle({"event": 'key_down', "key": key, "shift_key": False, "ctrl_key": False, "meta_key": False})
+    press('S')
+    assert app.pad.drawing.can_undo and app.seed.value == 1
+    press('c')
+    pixels(app)
+    assert 'alt="before"' in app.compare.value
+    press('x')
+    assert len(list(app.out.iterdir())) == 1
+    assert 'S surprise' in app.pad.message.value

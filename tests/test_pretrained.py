@@ -1,0 +1,164 @@
+"Packaged renderers: found, whole, and answering to strokes"
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import medsketch
+from medsketch import pretrained
+from medsketch.cli import main
+from medsketch.data import phantom_data
+from medsketch.pretrained import (
+    PRETRAINED,
+    card,
+    edit_effect,
+    find_weights,
+    load,
+    packaged,
+)
+from medsketch.recipes import load_recipe, recipe_class
+from medsketch.studio.strokes import Drawing, Stroke
+
+TINY = {"latent_dim": 8, "fmap_base": 64, "fmap_max": 8, "ngf": 4, "ndf": 4, "receptive_field": 16}
+
+
+def eye_strokes(without=None):
+    "An eye as a person draws it: eight vessels that leave the disc in gentle curves, two of them branching"
+    d = Drawing(256)
+    t = np.linspace(0, 1, 20)
+    for k in range(8):
+        if k == without: continue
+        turn = 2 * np.pi * k / 8 + .4 * t * (-1)**k
+        d.add(Stroke('pen', tuple(zip(.5 + .42 * t * np.cos(turn), .5 + .42 * t * np.sin(turn))), .014))
+    return d.sketch()
+
+
+def test_all_are_there_and_small():
+    assert set(packaged()) == set(PRETRAINED)
+    assert sum(p.stat().st_size for p in pretrained.WEIGHTS.glob('*.safetensors')) <= 12e6
+    for n in packaged():
+        c = card(n)
+        assert f'medsketch pretrain {n}' in c and 'Not for diagnosis' in c and PRETRAINED[n].licence in c and 'L1' in c
+
+
+@pytest.mark.parametrize('name', PRETRAINED)
+def test_each_renders_what_its_card_says(name):
+    r = load(name)
+    c = r.config
+    image = r.render(torch.zeros(1, 1, c['size'], c['size']))
+    assert image.shape == (1, c['channels'], c['size'], c['size']) and image.isfinite().all() and image.std() > .05
+    assert c == recipe_class('skrgan')(**PRETRAINED[name].config).config          # the command on the card makes this network
+    quick = r.for_drawing().render(torch.zeros(1, 1, c['size'], c['size']))
+    assert (quick - image).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize('vessel', range(8))
+def test_a_vessel_that_is_erased_goes_and_the_rest_stays(vessel):
+    there, elsewhere = edit_effect(load('fundus'), eye_strokes(), eye_strokes(without=vessel))
+    assert there >= 4 * elsewhere, (there, elsewhere)
+
+
+def test_a_vessel_that_is_drawn_darkens_the_image_where_it_runs():
+    r, before, after = load('fundus'), eye_strokes(without=0), eye_strokes()
+    along = torch.from_numpy((after - before)[0] > .5)
+    green = lambda s: r.render(s)[0, 1]
+    assert (green(after) - green(before))[along].mean() < -.02
+
+
+def test_unlike_images_of_another_modality():
+    "Each renderer's image of a phantom's own sketch is nearer to that phantom than the other phantoms are"
+    from medsketch.sketch import sobel_sketch
+    for name in ('lung_ct', 'brain_mri'):
+        r = load(name)
+        ds = phantom_data(name, 6, r.config['size'], seed=77).batch(range(6))['image']
+        made = r.render(torch.from_numpy(np.stack([sobel_sketch(x, name) for x in ds]))[:, None])
+        own = (made - ds).abs().mean((1, 2, 3))
+        other = torch.stack([(made - ds.roll(k, 0)).abs().mean((1, 2, 3)) for k in range(1, 6)]).mean(0)
+        assert (own < other).all(), (name, own, other)
+
+
+def test_where_weights_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv('MEDSKETCH_CACHE', str(tmp_path/'cache'))
+    monkeypatch.chdir(tmp_path)
+    save = lambda path, **kw: recipe_class('skrgan')(size=32, **TINY, **kw).save(path)
+    save(tmp_path/'cache/weights/mine.safetensors', seed=1)
+    assert load('mine').config['seed'] == 1
+    save(tmp_path/'mine', seed=2)
+    assert load('mine').config['seed'] == 2                                       # a path comes before the cache
+    save(tmp_path/'fundus', seed=3)
+    assert find_weights('fundus').parent == pretrained.WEIGHTS                    # and the package before both
+    assert medsketch.load('mine').config['seed'] == 2
+    with pytest.raises(AttributeError): medsketch.lode()
+
+
+def test_weights_from_the_hub(tmp_path, monkeypatch):
+    recipe_class('skrgan')(size=32, seed=4, **TINY).save(tmp_path/'weights.safetensors')
+    asked = []
+    def hf_hub_download(*args):
+        asked.append(args)
+        if args[0] == 'nobody/nothing': raise OSError('404 not found\nlong story')
+        return str(tmp_path/'weights.safetensors')
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', types.SimpleNamespace(hf_hub_download=hf_hub_download))
+    assert load('someone/eyes').config['seed'] == 4 and asked == [('someone/eyes', 'weights.safetensors')]
+    with pytest.raises(ValueError, match='could not be fetched from the Hub .404 not found.'): load('nobody/nothing')
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(ValueError, match=r"pip install 'medsketch\[hub\]'"): load('someone/eyes')
+    for odd in ('kidney', './no/where', '/no/where'):
+        with pytest.raises(ValueError, match='no weights are called'): load(odd)
+
+
+def test_a_renderer_alone_says_that_it_draws_no_sketches(tmp_path):
+    r = load('fundus')
+    with pytest.raises(ValueError, match='hold no G_S'): r.sample(1)
+    r.save(tmp_path/'again.safetensors', half=True)
+    again = load_recipe(tmp_path/'again.safetensors')
+    x = torch.from_numpy(eye_strokes())
+    assert torch.equal(again.render(x), r.render(x))
+
+
+def test_half_the_file_and_the_same_image(tmp_path):
+    r = recipe_class('skrgan')(size=32, **TINY | {"ngf": 16})
+    for n, half in (('whole', False), ('half', True)): r.save(tmp_path/n, half=half)
+    assert (tmp_path/'half').stat().st_size < .6 * (tmp_path/'whole').stat().st_size
+    x = torch.rand(2, 1, 32, 32)
+    assert (load_recipe(tmp_path/'half').render(x) - load_recipe(tmp_path/'whole').render(x)).abs().max() < 2 / 255
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as e: main(list(map(str, args)))
+    return e.value.code
+
+
+def test_pretraining_again_is_one_command(tmp_path, monkeypatch, capsys):
+    small = TINY | {"size": 64, "channels": 1, "style": 'lung_ct', "hand": True, "augment": 'turn', "render_steps": 3, "batch_size": 2}
+    few = pretrained.Pretrained(lambda folder, size: phantom_data('lung_ct', 8, size), small, 'eight phantoms', 'Apache 2.0', 'phantom', 'None.')
+    monkeypatch.setitem(PRETRAINED, 'lung_ct', few)
+    assert run('pretrain', 'lung_ct', '--out', tmp_path/'run') == 0
+    text = (tmp_path/'run/lung_ct.md').read_text()
+    assert 'medsketch pretrain lung_ct --out RUN' in text and '| sharp |' in text and 'Edit effect' in text
+    assert load_recipe(tmp_path/'run/lung_ct.safetensors').learned == {'G_P'}
+    assert run('pretrain', 'lung_ct', '--out', tmp_path/'run') == 0               # a finished run is taken up, not begun again
+    assert run('pretrain', 'kidney', '--out', tmp_path/'x') == 1
+    assert "no packaged renderer is called 'kidney'" in capsys.readouterr().err
+
+
+def test_training_by_hand_resumes_bit_for_bit(tmp_path):
+    data = phantom_data('fundus', 6, 32)
+    make = lambda steps: recipe_class('skrgan')(size=32, hand=True, augment='turn', batch_size=2, render_steps=steps, style='fundus', **TINY)
+    whole = make(6).fit(data, stages=('render',), progress=False)
+    first = make(6)
+    class Stop(Exception): pass
+    from medsketch.train import callbacks
+    save = callbacks.Checkpoint.save
+    def stop(self, trainer):
+        save(self, trainer)
+        if trainer.step == 3: raise Stop
+    callbacks.Checkpoint.save = stop
+    try:
+        with pytest.raises(Stop): first.fit(data, tmp_path/'run', stages=('render',), every=3, progress=False)
+    finally: callbacks.Checkpoint.save = save
+    second = make(6).fit(data, tmp_path/'run', stages=('render',), every=3, progress=False)
+    for a, b in zip(whole.nets['G_P'].state_dict().values(), second.nets['G_P'].state_dict().values()): assert torch.equal(a, b)
+    assert load_recipe(tmp_path/'run').learned == {'G_P'}
