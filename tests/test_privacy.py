@@ -85,7 +85,7 @@ def test_honest_images_are_flagged_at_most_as_often_as_promised(leave_one_out):
         promised.append(got.expected)
         copies += got.verdicts.count('copy')
         alarms += got.alarm
-    assert copies == 0 and alarms <= 1
+    assert copies == 0 and alarms <= 1                 # an alarm has p < .01: one in 12 sets happens, two (p = .006) should not
     assert sum(flagged) / 12 <= sum(promised) / 12 * 1.3 and sum(promised) / 12 < .15
 
 

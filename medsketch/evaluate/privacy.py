@@ -6,7 +6,7 @@
 __all__ = ['MIRROR', 'VERDICTS', 'shrink', 'pixel_features', 'ways_to_hold', 'nearest', 'ssim_among', 'chance',
            'binomial_interval', 'View', 'Privacy', 'privacy_check']
 
-# %% ../../nbs/evaluate/45_privacy.ipynb #23146e62
+# %% ../../nbs/evaluate/45_privacy.ipynb #4200115b
 import math
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ from ..data import ImageData
 from .features import check_features, image_batches
 from .metrics import ms_ssim
 
-# %% ../../nbs/evaluate/45_privacy.ipynb #579b458d
+# %% ../../nbs/evaluate/45_privacy.ipynb #6597d381
 def shrink(
     x:torch.Tensor, # (N, C, H, W) images in [-1, 1]
     side:int, # longer side of the result, pixels; smaller images stay as they are
@@ -42,7 +42,7 @@ def pixel_features(
     length = x.norm(dim=1, keepdim=True)
     return x / torch.where(length > 1e-3 * x.shape[1]**.5, length, torch.inf)
 
-# %% ../../nbs/evaluate/45_privacy.ipynb #a2b983c3
+# %% ../../nbs/evaluate/45_privacy.ipynb #27497625
 MIRROR = {'as it is': lambda x: x, 'mirrored': lambda x: x.flip(-1)} # what counts as the same image
 
 def _moved(move, dy, dx):
@@ -61,7 +61,7 @@ def ways_to_hold(
     name = lambda move, dy, dx: move + (f', moved {dy:+} px down, {dx:+} px right' if dy or dx else '')
     return {name(m, dy, dx): _moved(f, -dy, -dx) for dy in steps for dx in steps for m, f in moves.items()}
 
-# %% ../../nbs/evaluate/45_privacy.ipynb #4a166f43
+# %% ../../nbs/evaluate/45_privacy.ipynb #370c6818
 def nearest(
     queries, # iterable of chunks (ways, n, d): each image's features, held in each way
     keys:torch.Tensor, # (M, d) features of the training images
@@ -92,7 +92,7 @@ def _squared(q, keys, groups):
     d = q.square().sum(-1, keepdim=True) + keys.square().sum(-1) - 2 * q @ keys.T
     return d if groups is None else d.masked_fill_(groups[0][:, None] == groups[1], torch.inf)
 
-# %% ../../nbs/evaluate/45_privacy.ipynb #81dfa430
+# %% ../../nbs/evaluate/45_privacy.ipynb #c42ad75e
 def ssim_among(
     fake:torch.Tensor, # (N, C, h, w) uint8 pictures
     train:torch.Tensor, # (M, C, h, w) uint8 pictures
@@ -110,7 +110,7 @@ def ssim_among(
     order = d.argsort(dim=1, stable=True)
     return d.gather(1, order), candidates.gather(1, order), held.gather(1, order)
 
-# %% ../../nbs/evaluate/45_privacy.ipynb #3568787b
+# %% ../../nbs/evaluate/45_privacy.ipynb #b61f4d2a
 def chance(
     s:int, # images found at or below the limit
     m:int, # images looked at
@@ -148,7 +148,7 @@ def _limit(real, share, mutual):
     k = max(1, int(share * (len(v) + 1) + 1e-9))
     return v[k - 1], k, len(v)
 
-# %% ../../nbs/evaluate/45_privacy.ipynb #db4a01f7
+# %% ../../nbs/evaluate/45_privacy.ipynb #be52f544
 VERDICTS = ('copy', 'suspiciously near', 'as far as real')
 
 def _median(v): return sorted(v)[len(v) // 2]
@@ -265,7 +265,7 @@ class Privacy:
                           f"suspicious {s / m:.1%} [{low:.1%}, {high:.1%}] · of images that copy nothing at most {self.expected:.1%} · p = {self.p:.2g}",
                           'ALARM: ' + ('there are copies' if 'copy' in verdicts else 'more images are near than chance explains') if self.alarm else 'no alarm'])
 
-# %% ../../nbs/evaluate/45_privacy.ipynb #eae1264d
+# %% ../../nbs/evaluate/45_privacy.ipynb #d3961ed5
 def _read(images, name, detail, extractors, moves, chunk):
     "Small pictures (N, C, h, w), per extractor features (moves, N, d), and the images' shape"
     pictures, features, shape = [], [[] for _ in extractors], None

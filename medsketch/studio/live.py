@@ -6,11 +6,12 @@
 __all__ = ['CSS', 'Newest', 'quick_png', 'as_picture', 'difference', 'real_image', 'fit_image', 'surprise', 'LiveRender',
            'UploadRender']
 
-# %% ../../nbs/studio/52_live.ipynb #61152de8
+# %% ../../nbs/studio/52_live.ipynb #3cad88d5
 import base64
 import html
 import io
 import json
+import os
 import tempfile
 import threading
 import time
@@ -32,7 +33,7 @@ from ..recipes.base import about
 from ..sketch import read_sketch, sobel_sketch
 from .sketchpad import SketchPad
 
-# %% ../../nbs/studio/52_live.ipynb #53f034f2
+# %% ../../nbs/studio/52_live.ipynb #6dcfa949
 class Newest:
     "A thread that answers the newest request only: one is at work, one waits, and whatever came between is dropped"
     def __init__(self,
@@ -82,7 +83,7 @@ class Newest:
             timer.cancel(), timer.join()
             self.slow(False)
 
-# %% ../../nbs/studio/52_live.ipynb #1aebb4c1
+# %% ../../nbs/studio/52_live.ipynb #18a25b54
 def quick_png(
     pixels:np.ndarray, # (H, W, 3) uint8
 ) -> bytes:
@@ -106,7 +107,7 @@ def difference(
     change = np.abs(a.astype(np.int16) - b).max(-1).clip(0, 63) * 4
     return cv2.cvtColor(cv2.applyColorMap(change.astype(np.uint8), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
 
-# %% ../../nbs/studio/52_live.ipynb #6f3b9c54
+# %% ../../nbs/studio/52_live.ipynb #c812048a
 def real_image(
     content:bytes, # of a picture, DICOM or NIfTI file
     name:str, # its name
@@ -144,7 +145,7 @@ def surprise(
     p = phantom(kind, recipe.config['size'], seed)
     return (mask_strokes(p['mask'].numpy()) if kind == 'fundus' else sobel_sketch(p['image'], kind))[None]  # vessels are strokes already
 
-# %% ../../nbs/studio/52_live.ipynb #1ca9ba81
+# %% ../../nbs/studio/52_live.ipynb #ad089603
 CSS = """<style>
 .medsketch-bar {flex-wrap: wrap; overflow: visible}
 .medsketch-studio {overflow: visible; align-items: start}
@@ -171,7 +172,7 @@ def _uploads(value):
     if isinstance(value, dict): return [(k, bytes(v['content'])) for k, v in value.items()]
     return [(v['name'], bytes(v['content'])) for v in value]
 
-# %% ../../nbs/studio/52_live.ipynb #cab1b302
+# %% ../../nbs/studio/52_live.ipynb #ac4cb2ed
 class LiveRender(widgets.VBox):
     "Draw a sketch and watch it become an image"
     def __init__(self,
@@ -278,6 +279,8 @@ class LiveRender(widgets.VBox):
             recipe = self.given.get(request['name']) or load(request['name'])
             if not hasattr(recipe, 'render'): raise ValueError(f"recipe {recipe.name} does not render sketches")
             self.recipe, self.loaded = recipe, request['name']
+            # holds for this thread; with no core left, browser and server would wait, and the threads that share a convolution for each other
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
             self.drawer = recipe.for_drawing() if hasattr(recipe, 'for_drawing') else recipe
         start = time.perf_counter()
         image = self.drawer.render(request['sketch'])[0].cpu()
@@ -369,7 +372,7 @@ class LiveRender(widgets.VBox):
         return {'sketch.png': png_bytes(sketch), 'image.png': png_bytes(picture), 'side_by_side.png': png_bytes(np.concatenate([paper, picture], 1)),
                 'strokes.json': self.pad.drawing.to_json().encode(), 'about.json': json.dumps(notes, indent=1).encode()}
 
-# %% ../../nbs/studio/52_live.ipynb #1f12562a
+# %% ../../nbs/studio/52_live.ipynb #85031c26
 class UploadRender(widgets.VBox):
     "Upload a sketch (dark strokes on white) and see it rendered, where no drawing pad can be shown"
     def __init__(self,
