@@ -6,7 +6,7 @@
 __all__ = ['CSS', 'Newest', 'quick_png', 'as_picture', 'difference', 'real_image', 'fit_image', 'surprise', 'LiveRender',
            'UploadRender']
 
-# %% ../../nbs/studio/52_live.ipynb #3cad88d5
+# %% ../../nbs/studio/52_live.ipynb #68abfc78
 import base64
 import html
 import io
@@ -33,7 +33,7 @@ from ..recipes.base import about
 from ..sketch import read_sketch, sobel_sketch
 from .sketchpad import SketchPad
 
-# %% ../../nbs/studio/52_live.ipynb #6dcfa949
+# %% ../../nbs/studio/52_live.ipynb #263895da
 class Newest:
     "A thread that answers the newest request only: one is at work, one waits, and whatever came between is dropped"
     def __init__(self,
@@ -83,7 +83,7 @@ class Newest:
             timer.cancel(), timer.join()
             self.slow(False)
 
-# %% ../../nbs/studio/52_live.ipynb #18a25b54
+# %% ../../nbs/studio/52_live.ipynb #bb0ccc0b
 def quick_png(
     pixels:np.ndarray, # (H, W, 3) uint8
 ) -> bytes:
@@ -107,7 +107,7 @@ def difference(
     change = np.abs(a.astype(np.int16) - b).max(-1).clip(0, 63) * 4
     return cv2.cvtColor(cv2.applyColorMap(change.astype(np.uint8), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
 
-# %% ../../nbs/studio/52_live.ipynb #c812048a
+# %% ../../nbs/studio/52_live.ipynb #068aece4
 def real_image(
     content:bytes, # of a picture, DICOM or NIfTI file
     name:str, # its name
@@ -145,7 +145,7 @@ def surprise(
     p = phantom(kind, recipe.config['size'], seed)
     return (mask_strokes(p['mask'].numpy()) if kind == 'fundus' else sobel_sketch(p['image'], kind))[None]  # vessels are strokes already
 
-# %% ../../nbs/studio/52_live.ipynb #ad089603
+# %% ../../nbs/studio/52_live.ipynb #f828a4f1
 CSS = """<style>
 .medsketch-bar {flex-wrap: wrap; overflow: visible}
 .medsketch-studio {overflow: visible; align-items: start}
@@ -172,7 +172,7 @@ def _uploads(value):
     if isinstance(value, dict): return [(k, bytes(v['content'])) for k, v in value.items()]
     return [(v['name'], bytes(v['content'])) for v in value]
 
-# %% ../../nbs/studio/52_live.ipynb #ac4cb2ed
+# %% ../../nbs/studio/52_live.ipynb #108b9bc3
 class LiveRender(widgets.VBox):
     "Draw a sketch and watch it become an image"
     def __init__(self,
@@ -230,7 +230,7 @@ class LiveRender(widgets.VBox):
         below = widgets.VBox([bar(self.status, self.busy), self.links, self.compare], layout=widgets.Layout(max_width=sheet.layout.width))
         for w, css in ((self.image, 'image'), (self.status, 'say'), (self.busy, 'busy'), (self.links, 'links'), (self.compare, 'comparison'),
                        (tools, 'tools'), (actions, 'tools')): w.add_class(f'medsketch-{css}')
-        two = widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, max(20em, 40%)), 1fr))', grid_gap='.3em .8em', max_width='1080px')
+        two = widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, max(18em, 40%)), 1fr))', grid_gap='.3em .8em', max_width='1080px')
         return widgets.VBox([look, widgets.GridBox([tools, actions, sheet, self.image, keys, below], layout=two).add_class('medsketch-studio')])
 
     def say(self,
@@ -372,7 +372,7 @@ class LiveRender(widgets.VBox):
         return {'sketch.png': png_bytes(sketch), 'image.png': png_bytes(picture), 'side_by_side.png': png_bytes(np.concatenate([paper, picture], 1)),
                 'strokes.json': self.pad.drawing.to_json().encode(), 'about.json': json.dumps(notes, indent=1).encode()}
 
-# %% ../../nbs/studio/52_live.ipynb #85031c26
+# %% ../../nbs/studio/52_live.ipynb #e8a65704
 class UploadRender(widgets.VBox):
     "Upload a sketch (dark strokes on white) and see it rendered, where no drawing pad can be shown"
     def __init__(self,

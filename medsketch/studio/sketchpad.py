@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOOL_KEYS', 'TOOL_TIPS', 'OPEN_AS', 'LIVE', 'HELP', 'LOOK', 'Toolbar', 'SketchPad']
 
-# %% ../../nbs/studio/51_sketchpad.ipynb #906f33a4
+# %% ../../nbs/studio/51_sketchpad.ipynb #08c5ec4e
 import base64
 import html
 import math
@@ -24,7 +24,7 @@ from .board import Board, Hand, How, to_stroke, upright
 from .ink import Picture, box_of
 from .strokes import Drawing
 
-# %% ../../nbs/studio/51_sketchpad.ipynb #0bf045a5
+# %% ../../nbs/studio/51_sketchpad.ipynb #84c6ad10
 TOOL_KEYS = {'p': 'pen', 'l': 'line', 'r': 'region', 'e': 'eraser'}
 TOOL_TIPS = {'pen': 'Draw freehand', 'line': 'Draw a straight line', 'region': 'Circle an area to fill it with the class', 'eraser': 'Rub out'}
 OPEN_AS = (('as sketch', 'sketch'), ('as image to sketch', 'image'), ('as image underneath', 'underlay'))
@@ -79,7 +79,7 @@ class Toolbar(w.VBox):
             button.icon = 'check' if i == cls else ''
             button.style.font_weight = 'bold' if i == cls else 'normal'
 
-# %% ../../nbs/studio/51_sketchpad.ipynb #047bb30b
+# %% ../../nbs/studio/51_sketchpad.ipynb #09f1341c
 LIVE = .06 # seconds between two notices of a stroke that is being drawn
 HELP = ('Keys, once the sheet has been clicked: P pen, L line, {region}E eraser, [ and ] width, Ctrl+Z undo, Ctrl+Y redo, '
         'Delete clear, Esc gives a stroke up, Tab leaves the sheet')
@@ -130,7 +130,9 @@ class SketchPad(w.VBox):
         self._callbacks.append(callback)
 
     def _changed(self, final=True):
-        if final: self._state()
+        if final:
+            self._state()
+            self.say('') # whatever was said is over
         elif time.monotonic() < self._next: return
         start = time.monotonic()
         for callback in self._callbacks: self._try(callback, self, final)

@@ -254,8 +254,11 @@ def test_open_a_sketch_and_a_broken_one(studio, tmp_path):
     assert ink[int(.46 * len(ink)):int(.52 * len(ink))].sum() > .9 * ink.sum() > 1000
     (tmp_path / "broken.png").write_bytes(b"nothing")
     upload(studio, "Open", tmp_path / "broken.png")
-    studio.root.locator("[role=alert]:has-text('broken.png')").wait_for(timeout=20000)
+    alert = studio.root.locator("[role=alert]:has-text('broken.png')")
+    alert.wait_for(timeout=20000)
     assert studio.settled() == opened
+    studio.draw(*VEE)
+    studio.until(lambda: alert.count() == 0)
 
 
 def test_export_offers_files_that_hold_what_is_shown(studio):
