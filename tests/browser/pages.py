@@ -169,6 +169,7 @@ class Studio:
     def press(self, *keys):
         for k in keys:
             self.page.keyboard.press(k)
+            self.page.wait_for_timeout(150)     # a page sends a slider's value back, rounded; let it arrive before the next key
 
     def choose(self, weights):
         "Another renderer, from the menu"
