@@ -30,6 +30,7 @@ class Recipe:
     name = ''        # key in `RECIPES`
     presets = {}     # {scale: keyword arguments}
     inference = ()   # names of the networks that sampling and rendering need; all if empty
+    pairs = 1        # pairs of networks that are trained one after the other, each for the steps of `steps_each`
 
     def __init_subclass__(cls):
         if cls.name: RECIPES[cls.name] = cls

@@ -137,7 +137,7 @@ AUGMENT = dict(none=None, flip=flip_lr, rotate=flip_rotate, turn=Augment(flip_lr
 class SkrGAN(Recipe):
     "Noise to sketch to image (Zhang et al. 2019)"
     name = 'skrgan'
-    inference = ('G_S', 'G_P')
+    inference, pairs = ('G_S', 'G_P'), 2
     presets = dict(
         tour=dict(size=32, latent_dim=32, fmap_base=384, fmap_max=48, ngf=24, ndf=16, receptive_field=34, batch_size=8,
                   batches={4: 20, 8: 60, 16: 150, 32: 400}, render_steps=250, r1=3., augment='flip'),
@@ -158,6 +158,7 @@ class SkrGAN(Recipe):
                  receptive_field:int=70, # of D_P, pixels
                  lam:float=100., # λ of Eq. 2
                  r1:float=1., # gamma of the R1 penalty on D_S; 0 for none
+                 lr_sketch:float=1e-3, # rate of the sketch pair (§3); trainings of only a few thousand batches need about 1e-2
                  batches:int|dict=4000, # sketch stage: batches per resolution, one number or {resolution: number}
                  render_steps:int=20_000, # render stage: batches
                  joint_steps:int=0, # joint stage (Eq. 3): batches; 0 leaves it out
@@ -221,8 +222,8 @@ class SkrGAN(Recipe):
         return Batches(data, self.config['batch_size'], seed=seed, augment=augment)
 
     def _adam(self, *names, part=1.):
-        "Adam at the paper's rates, or part of them: 0.001 for the sketch pair, 0.0002 for the render pair (§3)"
-        groups = [dict(params=list(self.nets[n].parameters()), lr=part * (1e-3 if n.endswith('S') else 2e-4),
+        "Adam at the paper's rates, or part of them: `lr_sketch` for the sketch pair, 0.0002 for the render pair (§3)"
+        groups = [dict(params=list(self.nets[n].parameters()), lr=part * (self.config['lr_sketch'] if n.endswith('S') else 2e-4),
                        betas=(0., .99) if n.endswith('S') else (.5, .999)) for n in names]
         return torch.optim.Adam(groups, fused=True)
 
