@@ -6,18 +6,19 @@
 __all__ = ['fid', 'kid', 'prdc', 'grey_histograms', 'orientation_histograms', 'width_histograms', 'kl_divergence', 'bootstrap',
            'Score', 'score_table', 'feature_scores', 'fid_score']
 
-# %% ../../nbs/evaluate/43_distances.ipynb #7a3e111d
+# %% ../../nbs/evaluate/43_distances.ipynb #a8214ba4
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import torch
 
 from ..core import to_uint8, torch_rng
-from .features import FeatureStats, check_features, image_batches
+from .features import Extractor, FeatureStats, check_features, check_shapes, image_batches, seen_shape
 
-# %% ../../nbs/evaluate/43_distances.ipynb #1c2557ff
+# %% ../../nbs/evaluate/43_distances.ipynb #dd786db1
 def _moments(
     x, # (N, d) features, or `FeatureStats`
     name:str, # what to call it in an error
@@ -41,6 +42,7 @@ def fid(
     fake, # (M, d) features of synthetic images, or their `FeatureStats`
 ) -> float: # 0 = same mean and covariance; lower is better; depends on N and M, so compare at equal counts only
     "Fréchet distance of two sets of features (Heusel et al. 2017, Eq. 6). Raises `ValueError` if they do not fit together"
+    if isinstance(real, FeatureStats) and isinstance(fake, FeatureStats): check_shapes(real, fake)
     (m1, t1, r1), (m2, t2, r2) = _moments(real, 'real'), _moments(fake, 'fake')
     if len(m1) != len(m2): raise ValueError(f"real features have {len(m1)} dimensions and fake ones {len(m2)}: use one extractor")
     names = {x.extractor for x in (real, fake) if isinstance(x, FeatureStats)} - {''}
@@ -48,9 +50,9 @@ def fid(
     cross = r1 @ r2.T
     gram = cross @ cross.T if len(cross) <= len(cross.T) else cross.T @ cross
     nuclear = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
-    return max(0., ((m1 - m2).square().sum() + t1 + t2 - 2 * nuclear).item())
+    return max(((m1 - m2).square().sum() + t1 + t2 - 2 * nuclear).item(), 0.)
 
-# %% ../../nbs/evaluate/43_distances.ipynb #9aff175b
+# %% ../../nbs/evaluate/43_distances.ipynb #5bfd5f6c
 def kid(
     real:torch.Tensor, # (N, d) features of real images, N at least 4
     fake:torch.Tensor, # (M, d) features of synthetic images
@@ -62,7 +64,8 @@ def kid(
     x, y = (check_features(v, n, least=4).double() for v, n in ((real, 'real'), (fake, 'fake')))
     if x.shape[1] != y.shape[1]: raise ValueError(f"real features have {x.shape[1]} dimensions and fake ones {y.shape[1]}: use one extractor")
     least = min(len(x), len(y))
-    size = size or min(1000, least // 2)
+    if subsets < 1: raise ValueError(f"subsets is {subsets}; at least 1 is needed")
+    size = min(1000, least // 2) if size is None else size
     if not 2 <= size <= least: raise ValueError(f"subsets of {size} images cannot be drawn from {least}; choose a size from 2 to {least}")
     rng = rng if hasattr(rng, 'choice') else np.random.default_rng(rng)
     u, v = torch.zeros(subsets, len(x), dtype=torch.float64), torch.zeros(subsets, len(y), dtype=torch.float64)
@@ -80,7 +83,7 @@ def _kernel_sums(x, y, u, v, diagonal=True, rows=1024):
         total += ((u[:, i:i + rows] @ k) * v).sum(1)
     return total
 
-# %% ../../nbs/evaluate/43_distances.ipynb #a7b237f1
+# %% ../../nbs/evaluate/43_distances.ipynb #2c5eb202
 def _knn_radii(x, k, rows=1024):
     "Distance of each point to its k-th nearest neighbour in the same set"
     def radius(i):
@@ -109,9 +112,10 @@ def prdc(
     mean = lambda v: torch.cat(v).double().mean().item()
     return dict(precision=(inside > 0).double().mean().item(), recall=mean(recalled), density=inside.mean().item() / k, coverage=mean(covered))
 
-# %% ../../nbs/evaluate/43_distances.ipynb #0b55bbe6
+# %% ../../nbs/evaluate/43_distances.ipynb #b54d40bb
 def _normalised(counts):
     "Rows (N, bins) to sum 1; an empty row stays empty"
+    if not counts: raise ValueError("there are no images to take histograms of")
     counts = np.stack(counts).astype(np.float64)
     return torch.from_numpy(counts / np.maximum(counts.sum(1, keepdims=True), 1e-12))
 
@@ -121,7 +125,7 @@ def grey_histograms(
 ) -> torch.Tensor: # (N, bins) float64, each row of sum 1
     "How often each grey level occurs, image by image"
     edges = np.linspace(-1, 1, bins + 1)
-    return _normalised([np.histogram(x.mean(0).clamp(-1, 1).cpu().numpy(), edges)[0] for b in image_batches(images) for x in b])
+    return _normalised([np.histogram(x.float().mean(0).clamp(-1, 1).cpu().numpy(), edges)[0] for b in image_batches(images) for x in b])
 
 def orientation_histograms(
     images, # as for `image_batches`
@@ -148,24 +152,26 @@ def width_histograms(
     if not len(masks): raise ValueError("there are no masks")
     return _normalised([one(m) for m in masks])
 
-# %% ../../nbs/evaluate/43_distances.ipynb #f4b14c11
+# %% ../../nbs/evaluate/43_distances.ipynb #070c83ee
 def kl_divergence(
     real:torch.Tensor, # (N, bins) histograms of real images or masks, or (bins,) of all of them
     fake:torch.Tensor, # (M, bins) histograms of synthetic ones, same bins
     even:float=1e-4, # share of an even histogram that is mixed into both, so that no bin is empty
 ) -> float: # nats, 0 = equal histograms
     "KL(real, fake) of the mean histograms (dual-GAN paper, §IX). Raises `ValueError` if there is nothing in one of them"
+    if not 0 <= even <= 1: raise ValueError(f"even is {even}; it is a share, such as 1e-4")
     def distribution(h, name):
         h = torch.as_tensor(h).double()
+        if h.ndim not in (1, 2): raise ValueError(f"{name} is {tuple(h.shape)}; pass histograms (N, bins) or (bins,)")
         h = h.mean(0) if h.ndim == 2 else h
         if not h.isfinite().all() or (h < 0).any(): raise ValueError(f"{name} is no histogram: it holds negative numbers or NaN")
         if h.sum() <= 0: raise ValueError(f"the histograms of {name} are empty: there is nothing to compare (empty masks? images without edges?)")
         return (1 - even) * h / h.sum() + even / len(h)
     p, q = distribution(real, 'real'), distribution(fake, 'fake')
     if len(p) != len(q): raise ValueError(f"real has {len(p)} bins and fake {len(q)}")
-    return max(0., (p * (p / q).log()).sum().item())
+    return max((torch.xlogy(p, p) - torch.xlogy(p, q)).sum().item(), 0.) # an empty bin of p adds nothing
 
-# %% ../../nbs/evaluate/43_distances.ipynb #140bba63
+# %% ../../nbs/evaluate/43_distances.ipynb #452afd6f
 def bootstrap(
     score, # score(*sets) -> float, or a list of floats
     *sets, # tensors with one row per image; each is resampled on its own
@@ -174,6 +180,7 @@ def bootstrap(
     seed:int=0,
 ) -> tuple: # low, high; lists if `score` gives a list
     "Interval of a score by the bootstrap without replacement: spread over random halves, around the score of all. Raises `ValueError` for sets of fewer than 4"
+    if resamples < 1 or not sets: raise ValueError("an interval needs at least one set, and at least one resample")
     small = min(len(s) for s in sets)
     if small < 4: raise ValueError(f"an interval needs at least 4 images in each set; there are {small}")
     rng = torch_rng(seed)
@@ -182,7 +189,7 @@ def bootstrap(
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0) + (np.array(score(*sets)) - drawn.mean(0))
     return low.tolist(), high.tolist()
 
-# %% ../../nbs/evaluate/43_distances.ipynb #19452c41
+# %% ../../nbs/evaluate/43_distances.ipynb #e4e1c57f
 @dataclass(frozen=True)
 class Score:
     "A number, its interval, and what it was computed from"
@@ -229,7 +236,7 @@ def score_table(
     table = ['  '.join(c.ljust(w) for c, w in zip(line, wide)).rstrip() for line in lines]
     return '\n'.join([table[0], '-' * len(table[0]), *table[1:], '', *feet])
 
-# %% ../../nbs/evaluate/43_distances.ipynb #4f2a7042
+# %% ../../nbs/evaluate/43_distances.ipynb #0982eb33
 def feature_scores(
     real, # images, as for `image_batches`
     fake, # images
@@ -239,8 +246,11 @@ def feature_scores(
     resamples:int=200, # of `bootstrap`; 0 for no intervals
     seed:int=0, # of subsets and resamples
 ) -> list: # of `Score`: FID, KID × 100, precision, recall, density, coverage
-    "All distances of two sets in the features of one extractor. Raises `ValueError` if a set holds too few images"
-    x, y = extractor(real), extractor(fake)
+    "All distances of two sets in the features of one extractor. Raises `ValueError` if a set holds too few images, or images of another size"
+    if not isinstance(extractor, Extractor): raise ValueError(f"extractor is a {type(extractor).__name__}; wrap a network as Extractor(net, name), so that its scores have a label")
+    sets = {name: (SimpleNamespace(shape=None), images) for name, images in (('real', real), ('fake', fake))}
+    x, y = (extractor(seen_shape(images, seen, extractor.chunk, name)) for name, (seen, images) in sets.items())
+    check_shapes(*(seen for seen, _ in sets.values()))
     least = 2 * (k + 1) if resamples else max(4, k + 1)
     for v, name in ((x, 'real'), (y, 'fake')): check_features(v, name, least)
     kernel = kid(x, y, subsets, rng=seed)

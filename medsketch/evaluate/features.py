@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_HASH', 'image_batches', 'Extractor', 'thumbnails', 'inception', 'FeatureStats', 'check_features',
-           'feature_stats']
+           'seen_shape', 'check_shapes', 'feature_stats']
 
-# %% ../../nbs/evaluate/41_features.ipynb #f2e86e9c
+# %% ../../nbs/evaluate/41_features.ipynb #fe875767
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -18,23 +19,27 @@ from ..core import default_device, keep_memory, to_uint8
 from ..data import ImageData
 from .metrics import check_images
 
-# %% ../../nbs/evaluate/41_features.ipynb #7acd0120
+# %% ../../nbs/evaluate/41_features.ipynb #043212f2
 def image_batches(
     images, # (N, C, H, W) in [-1, 1], an `ImageData`, or a finite iterable of batches (tensors, or dicts with 'image')
     chunk:int=16, # images at a time
+    name:str='images', # what to call them in an error
 ): # yields checked float batches (n, C, H, W), n <= chunk
     "Any source of images as a stream of small batches. Raises `ValueError` for NaN, a wrong range, mixed sizes or channels"
     data, first = images, None
-    if isinstance(data, torch.Tensor): images = [data]
+    if isinstance(data, (torch.Tensor, np.ndarray, dict)): images = [data]
+    elif isinstance(data, (str, Path)) or not hasattr(data, '__iter__') and not hasattr(data, '__getitem__'):
+        raise ValueError(f"{name} is a {type(data).__name__}; pass a batch (N, C, H, W) in [-1, 1], an ImageData, or an iterable of batches")
     elif isinstance(data, ImageData): images = (data.batch(range(i, min(i + chunk, len(data)))) for i in range(0, len(data), chunk))
     for batch in images:
-        batch = check_images(batch['image'] if isinstance(batch, dict) else batch, 'images')
+        if isinstance(batch, dict) and 'image' not in batch: raise ValueError(f"{name}: a batch has {', '.join(map(str, batch)) or 'nothing'} and no 'image'")
+        batch = check_images(batch['image'] if isinstance(batch, dict) else batch, name)
         first = first or batch.shape[1:]
         if batch.shape[1:] != first:
-            raise ValueError(f"one set holds images {tuple(first)} and {tuple(batch.shape[1:])}; bring them to one size and number of channels")
+            raise ValueError(f"{name}: one set holds images {tuple(first)} and {tuple(batch.shape[1:])}; bring them to one size and number of channels")
         yield from batch.split(chunk)
 
-# %% ../../nbs/evaluate/41_features.ipynb #933682f2
+# %% ../../nbs/evaluate/41_features.ipynb #d0fc5821
 class Extractor:
     "Images to features: `images -> (N, d)`, chunk by chunk, under a name that every score keeps"
     def __init__(self,
@@ -51,10 +56,13 @@ class Extractor:
     def stream(self,
                images, # as for `image_batches`
               ): # yields (n, d) float32 on the CPU
-        "The features, one chunk after the other. Raises `ValueError` for images or features with NaN"
+        "The features, one chunk after the other. Raises `ValueError` for images or features with NaN, or a `net` that does not give one row per image"
         keep_memory()
         for batch in image_batches(images, self.chunk):
-            with torch.inference_mode(): out = self.net(batch.float().clamp(-1, 1).to(self.device)).flatten(1).float().cpu()
+            with torch.inference_mode(): out = self.net(batch.float().clamp(-1, 1).to(self.device))
+            if not isinstance(out, torch.Tensor) or out.ndim < 2 or len(out) != len(batch):
+                raise ValueError(f"{self.name} gave {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__} for {len(batch)} images; it must give (N, d)")
+            out = out.flatten(1).float().cpu()
             if not out.isfinite().all(): raise ValueError(f"{self.name} gave features that are not finite")
             yield out.clone()
 
@@ -68,15 +76,16 @@ class Extractor:
 
     def __repr__(self): return f'Extractor: {self.name}'
 
-# %% ../../nbs/evaluate/41_features.ipynb #89ef1268
+# %% ../../nbs/evaluate/41_features.ipynb #7c423c83
 def thumbnails(
     side:int=8, # pixels of the thumbnail
     chunk:int=64, # images at a time
 ) -> Extractor: # d = C * side * side
-    "Features that are the image itself, averaged down to a few pixels"
+    "Features that are the image itself, averaged down to a few pixels. Raises `ValueError` for a side below 1"
+    if side < 1: raise ValueError(f"side is {side}; a thumbnail has at least 1 pixel")
     return Extractor(lambda x: F.adaptive_avg_pool2d(x, side), f"thumbnail {side} px (medsketch {version('medsketch')})", chunk, 'cpu')
 
-# %% ../../nbs/evaluate/41_features.ipynb #10d622c3
+# %% ../../nbs/evaluate/41_features.ipynb #a949698a
 INCEPTION_HASH = '6726825d' # the published weights' sha256 begins like this
 
 def _inception_weights(url, path):
@@ -97,7 +106,7 @@ def _to_inception(x):
     if x.shape[1] not in (1, 3): raise ValueError(f"Inception takes grey or RGB images; these have {x.shape[1]} channels")
     return torch.from_numpy(to_uint8(x)).movedim(-1, 1).expand(-1, 3, -1, -1).contiguous()
 
-# %% ../../nbs/evaluate/41_features.ipynb #c4a58607
+# %% ../../nbs/evaluate/41_features.ipynb #8e94a04d
 def inception(
     weights=None, # path of weights-inception-2015-12-05-6726825d.pth; torch's download folder if not given
     device=None, # `default_device()` if not given
@@ -116,12 +125,14 @@ def inception(
     name = 'inception-v3 FID' if found == INCEPTION_HASH else f'inception-v3 own weights {found}'
     return Extractor(lambda x: net(_to_inception(x.cpu()).to(device))[0], f"{name} (torch-fidelity {version('torch-fidelity')})", chunk, device)
 
-# %% ../../nbs/evaluate/41_features.ipynb #3b3bb18d
+# %% ../../nbs/evaluate/41_features.ipynb #4b4f4429
 class FeatureStats:
     "Count, mean and covariance of features, gathered batch by batch: memory does not grow with the number of images"
     def __init__(self,
                  extractor:str='', # name of the extractor the features come from
-                ): self.extractor, self.n, self.mean, self._scatter = extractor, 0, None, None
+                ):
+        self.extractor, self.n, self.mean, self._scatter = extractor, 0, None, None
+        self.shape = None # (C, H, W) of the images, where `feature_stats` saw them
 
     def add(self,
             features, # (n, d) more features
@@ -148,11 +159,32 @@ def check_features(
     least:int=1, # rows needed
 ) -> torch.Tensor: # (N, d)
     "Refuse what is no finite feature matrix. Raises `ValueError`"
+    if isinstance(x, FeatureStats): raise ValueError(f"{name} is FeatureStats, a mean and a covariance; only fid makes do with that, pass features (N, d)")
     x = torch.as_tensor(x).detach()
     if x.ndim != 2 or not x.is_floating_point(): raise ValueError(f"{name} is {str(x.dtype)[6:]} {tuple(x.shape)}; pass features as floats (N, d)")
     if len(x) < least: raise ValueError(f"{name} has {len(x)} images; at least {least} are needed")
+    if not x.shape[1]: raise ValueError(f"{name} is {tuple(x.shape)}: there is not a feature in it")
     if not x.isfinite().all(): raise ValueError(f"{name} contains NaN or infinity")
     return x
+
+def seen_shape(
+    images, # as for `image_batches`
+    owner, # whose attribute `shape` becomes (C, H, W)
+    chunk:int=16, # images at a time
+    name:str='images', # what to call them in an error
+): # yields what `image_batches` does
+    "`image_batches` that leave a note of the images' shape: features of two sizes must not be compared, and cannot be told apart afterwards"
+    for batch in image_batches(images, chunk, name):
+        owner.shape = tuple(batch.shape[1:])
+        yield batch
+
+def check_shapes(
+    real, # with an attribute `shape`: (C, H, W), or None if not known
+    fake, # the same
+):
+    "Refuse to compare features of images of two sizes. Raises `ValueError`"
+    if real.shape and fake.shape and real.shape != fake.shape:
+        raise ValueError(f"real images are {real.shape} and fake images {fake.shape}; bring them to one size and number of channels")
 
 def feature_stats(
     extractor, # an `Extractor`
@@ -160,5 +192,5 @@ def feature_stats(
 ) -> FeatureStats:
     "Statistics of the features of a stream of images, which are looked at once and kept nowhere"
     stats = FeatureStats(extractor.name)
-    for x in extractor.stream(images): stats.add(x)
+    for x in extractor.stream(seen_shape(images, stats, extractor.chunk)): stats.add(x)
     return stats

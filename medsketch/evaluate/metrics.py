@@ -6,7 +6,7 @@
 __all__ = ['check_images', 'check_pair', 'ms_ssim', 'ms_ssim_sets', 'ms_ssim_pairs', 'laplacian_pyramid', 'cut_patches',
            'standardise', 'sliced_distance', 'swd']
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #f1ae637d
+# %% ../../nbs/evaluate/40_metrics.ipynb #28930614
 import warnings
 
 import cv2
@@ -15,17 +15,19 @@ import torch
 
 from ..core import check_size, torch_rng
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #4e735923
+# %% ../../nbs/evaluate/40_metrics.ipynb #ce095aaa
 def check_images(
     x:torch.Tensor, # what should be an image batch
     name:str, # what to call it in an error
     least:int=1, # images needed
 ) -> torch.Tensor: # the batch
     "Refuse what is not an image batch (N, C, H, W) in [-1, 1]. Raises `ValueError`"
+    if not isinstance(x, (torch.Tensor, np.ndarray)): raise ValueError(f"{name} is a {type(x).__name__}; pass a float image batch (N, C, H, W) in [-1, 1]")
     x = torch.as_tensor(x).detach()
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"{name} is {str(x.dtype)[6:]} {tuple(x.shape)}; pass a float image batch (N, C, H, W) in [-1, 1]")
-    if len(x) < least: raise ValueError(f"{name} has {len(x)} images; at least {least} are needed")
+    if len(x) < max(least, 1): raise ValueError(f"{name} has {len(x)} images; at least {max(least, 1)} are needed")
+    if not x.numel(): raise ValueError(f"{name} is {tuple(x.shape)}: there is not a pixel in it")
     low, high = (v.item() for v in x.aminmax())
     if low != low or high != high: raise ValueError(f"{name} contains NaN")
     if low < -1.001 or high > 1.001: raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}; images run from -1 to 1")
@@ -42,7 +44,7 @@ def check_pair(
         raise ValueError(f"{names[0]} images are {tuple(x.shape[1:])} and {names[1]} images {tuple(y.shape[1:])}; bring them to one size and number of channels")
     return x, y
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #8f9d4c73
+# %% ../../nbs/evaluate/40_metrics.ipynb #854c198e
 _WEIGHTS = (.0448, .2856, .3001, .2363, .1333)
 
 def _scales(
@@ -54,7 +56,7 @@ def _scales(
     if n < 5: warnings.warn(f"MS-SSIM at {side} px uses {n} of its 5 scales: compare it only with scores at {side} px", stacklevel=4)
     return tuple(w / sum(_WEIGHTS[:n]) for w in _WEIGHTS[:n]) if n < 5 else _WEIGHTS
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #ebd0ce5b
+# %% ../../nbs/evaluate/40_metrics.ipynb #ad18d5df
 _WINDOW = cv2.getGaussianKernel(11, 1.5, cv2.CV_32F)
 _C1, _C2 = .01**2, .03**2
 
@@ -112,7 +114,7 @@ def ms_ssim(
     i = torch.arange(len(x))
     return _ms_ssim_streamed(x, y, i, i)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #a8453826
+# %% ../../nbs/evaluate/40_metrics.ipynb #e278a245
 def _shuffled(
     n:int, # images
     k:int, # indices wanted
@@ -146,7 +148,7 @@ def ms_ssim_pairs(
     j = (i + torch.randint(1, len(x), (n_pairs,), generator=rng)) % len(x)
     return _ms_ssim_streamed(x, x, i, j)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #ba7f2e67
+# %% ../../nbs/evaluate/40_metrics.ipynb #51e32dea
 def laplacian_pyramid(
     pixels:np.ndarray, # (H, W, C) uint8 image, sides powers of two
     least:int=16, # side of the coarsest level, pixels
@@ -159,7 +161,7 @@ def laplacian_pyramid(
         levels.append(small.reshape(*small.shape[:2], -1))
     return levels
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #ba2967a1
+# %% ../../nbs/evaluate/40_metrics.ipynb #00b187b3
 def cut_patches(
     level:np.ndarray, # (H, W, C) float32 level of a pyramid
     y:np.ndarray, # (n,) rows of the centres, 3 ... H - 4
@@ -175,7 +177,7 @@ def standardise(
     sd = patches.std((0, 2, 3), keepdims=True)
     return ((patches - patches.mean((0, 2, 3), keepdims=True)) / np.where(sd > 1e-3, sd, 1)).reshape(len(patches), -1)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #7f938060
+# %% ../../nbs/evaluate/40_metrics.ipynb #993ea17d
 def sliced_distance(
     a:np.ndarray, # (n, d) float32 points of one set
     b:np.ndarray, # (n, d) float32 points of the other
@@ -183,7 +185,8 @@ def sliced_distance(
     repeats:int=4, # rounds of directions
     directions:int=128, # directions per round
 ) -> float: # >= 0
-    "Sliced Wasserstein-1 distance of two clouds of equally many points"
+    "Sliced Wasserstein-1 distance of two clouds of equally many points. Raises `ValueError`"
+    if a.shape != b.shape or not a.size: raise ValueError(f"clouds are {a.shape} and {b.shape}; both must hold as many points (n, d), and at least one")
     total = 0.
     for _ in range(repeats):
         d = rng.normal(size=(a.shape[1], directions))
@@ -191,7 +194,7 @@ def sliced_distance(
         total += np.abs(np.sort(d @ a.T, 1) - np.sort(d @ b.T, 1)).mean(dtype=np.float64)
     return float(total / repeats)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #2b262dfb
+# %% ../../nbs/evaluate/40_metrics.ipynb #0277e559
 def _set_patches(
     images:torch.Tensor, # (N, C, S, S) image batch in [-1, 1]
     rng, # `np.random` generator for the places

@@ -6,7 +6,7 @@
 __all__ = ['DEPTHS', 'Views', 'MocoEncoder', 'info_nce', 'KeyEncoder', 'Follow', 'MocoLoss', 'train_moco', 'save_moco',
            'load_moco']
 
-# %% ../../nbs/evaluate/42_moco.ipynb #436001f3
+# %% ../../nbs/evaluate/42_moco.ipynb #16962d91
 import copy
 import hashlib
 import json
@@ -27,7 +27,7 @@ from .features import Extractor
 from ..recipes.base import train_stage
 from ..train.trainer import Callback, Phase
 
-# %% ../../nbs/evaluate/42_moco.ipynb #52f4d9ff
+# %% ../../nbs/evaluate/42_moco.ipynb #a29ad37a
 class Views:
     "Random views of images that leave the diagnosis alone: crops, exposure, focus, noise; mirrored only where asked for"
     def __init__(self,
@@ -68,7 +68,7 @@ class Views:
         middle = x.mean((1, 2, 3), keepdim=True)
         return ((x - middle) * (1 + gain) + middle + lift / 2).clamp(-1, 1)
 
-# %% ../../nbs/evaluate/42_moco.ipynb #28721c17
+# %% ../../nbs/evaluate/42_moco.ipynb #7d5ba152
 DEPTHS = {18: ('basic', [2, 2, 2, 2]), 50: ('bottleneck', [3, 4, 6, 3])}
 
 class MocoEncoder(nn.Module):
@@ -90,7 +90,7 @@ class MocoEncoder(nn.Module):
 
     def forward(self, x): return F.normalize(self.head(self.net(x)), dim=1) # (N, C, H, W) -> (N, dim), unit length
 
-# %% ../../nbs/evaluate/42_moco.ipynb #12e7bf3d
+# %% ../../nbs/evaluate/42_moco.ipynb #eb8bb20a
 def info_nce(
     q:torch.Tensor, # (N, dim) unit vectors: one view of each image
     k:torch.Tensor, # (N, dim) unit vectors: the other view, no gradient
@@ -101,7 +101,7 @@ def info_nce(
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
-# %% ../../nbs/evaluate/42_moco.ipynb #a76264c5
+# %% ../../nbs/evaluate/42_moco.ipynb #04b94823
 class KeyEncoder(nn.Module):
     "The slow copy of an encoder, and the queue of what it has encoded"
     def __init__(self,
@@ -145,7 +145,7 @@ class MocoLoss:
         nets.K.push(k1)
         return loss
 
-# %% ../../nbs/evaluate/42_moco.ipynb #6f84d662
+# %% ../../nbs/evaluate/42_moco.ipynb #31934862
 def _extractor(encoder, config, chunk=32, device=None):
     "The encoder's features under a name that pins down weights and training set"
     h = hashlib.blake2b(digest_size=4)
@@ -166,7 +166,7 @@ def train_moco(
     batch_size:int=32, # images per step
     depth:int=18, # ResNet-18 or -50
     width:float=1., # times the usual number of channels
-    queue:int=4096, # wrong answers to choose among; never more than half of the images
+    queue:int=4096, # wrong answers to choose among; at most half of the images (or one batch, if that is more)
     momentum:float=.99, # of the key encoder (the paper's .999 suits runs a hundred times as long)
     lr:float=1e-3, # Adam's learning rate
     views:Views=None, # augmentations; `Views()` if not given
@@ -174,6 +174,9 @@ def train_moco(
     progress:bool=True, # show a bar
 ) -> Extractor: # of the pooled features
     "Train an encoder by momentum contrast (MoCo v2). Raises `ValueError` for too few images"
+    if not isinstance(data, ImageData): raise ValueError(f"data is a {type(data).__name__}; pass an ImageData (from_folder, phantom_data)")
+    for name, value in dict(batch_size=batch_size, queue=queue).items():
+        if value < 1: raise ValueError(f"{name} is {value}; at least 1 is needed")
     if len(data) < 8: raise ValueError(f"there are {len(data)} images to learn from; features need at least 8, and deserve hundreds")
     batch_size = min(batch_size, len(data))
     queue = min(queue, max(batch_size, len(data) // 2) // batch_size * batch_size)
@@ -210,6 +213,6 @@ def load_moco(
             config = json.loads((f.metadata() or {})['medsketch-moco'])
             encoder = MocoEncoder(config['channels'], config['depth'], config['width'])
             encoder.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
-    except (SafetensorError, OSError, KeyError, RuntimeError) as e:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{path} holds no features of train_moco's ({' '.join(str(e).split())[:100]})") from None
     return _extractor(encoder, config, device=device)

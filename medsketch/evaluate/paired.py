@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEGMENTATION_SCORES', 'segmentation_scores', 'class_scores', 'lpips', 'dists']
 
-# %% ../../nbs/evaluate/44_paired.ipynb #ba35da66
+# %% ../../nbs/evaluate/44_paired.ipynb #a5b25e2a
 import torch
 from monai.metrics import compute_dice, compute_iou
 from torchmetrics.functional.classification import binary_auroc, binary_stat_scores
@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_stat_sco
 from ..core import default_device
 from .metrics import check_pair
 
-# %% ../../nbs/evaluate/44_paired.ipynb #af00d0ad
+# %% ../../nbs/evaluate/44_paired.ipynb #fbdb6fba
 SEGMENTATION_SCORES = ('sensitivity', 'specificity', 'accuracy', 'precision', 'f1', 'dice', 'iou', 'auc')
 
 def _check_segmentation(prob, mask, field):
@@ -21,7 +21,7 @@ def _check_segmentation(prob, mask, field):
     prob, mask = torch.as_tensor(prob).detach(), torch.as_tensor(mask).detach().to(torch.as_tensor(prob).device)
     if prob.ndim == 4 and prob.shape[1] == 1: prob = prob[:, 0]
     if prob.ndim != 3 or not prob.is_floating_point(): raise ValueError(f"prob is {str(prob.dtype)[6:]} {tuple(prob.shape)}; pass probabilities (N, H, W) or (N, 1, H, W)")
-    if not len(prob): raise ValueError("there are no segmentations to score")
+    if not prob.numel(): raise ValueError("there are no segmentations to score")
     if not prob.isfinite().all(): raise ValueError("prob contains NaN or infinity")
     if prob.min() < 0 or prob.max() > 1: raise ValueError(f"prob has values from {prob.min().item():.4g} to {prob.max().item():.4g}; probabilities run from 0 to 1")
     field = torch.ones_like(prob, dtype=torch.bool) if field is None else torch.as_tensor(field).to(prob.device) > 0
@@ -53,15 +53,18 @@ def segmentation_scores(
     if pooled: pixels = [tuple(torch.cat(v) for v in zip(*pixels))]
     return dict(zip(SEGMENTATION_SCORES, torch.tensor([_score_pixels(p, t, threshold) for p, t in pixels], dtype=torch.float64).T))
 
-# %% ../../nbs/evaluate/44_paired.ipynb #ff562e94
+# %% ../../nbs/evaluate/44_paired.ipynb #7f8b89cd
 def class_scores(
     pred, # (N, H, W) integers: the class given to each pixel
     mask, # (N, H, W) integers: the true class
     classes:int, # how many classes there are, background included
 ) -> dict: # 'dice' and 'iou': (N, classes) float64; NaN where a class is in neither
     "Dice and IoU of every class in every image. Raises `ValueError`"
-    pred, mask = torch.as_tensor(pred).long(), torch.as_tensor(mask).long()
-    if pred.shape != mask.shape or pred.ndim != 3 or not len(pred): raise ValueError(f"pred is {tuple(pred.shape)} and mask {tuple(mask.shape)}; both must be (N, H, W)")
+    pred, mask = torch.as_tensor(pred), torch.as_tensor(mask)
+    for name, m in (('pred', pred), ('mask', mask)):
+        if m.is_floating_point(): raise ValueError(f"{name} is {str(m.dtype)[6:]}; pass class numbers: of probabilities the argmax(1), of one cut them ((prob > .5).long())")
+    pred, mask = pred.long(), mask.long()
+    if pred.shape != mask.shape or pred.ndim != 3 or not pred.numel(): raise ValueError(f"pred is {tuple(pred.shape)} and mask {tuple(mask.shape)}; both must be (N, H, W)")
     for name, m in (('pred', pred), ('mask', mask)):
         if m.min() < 0 or m.max() >= classes: raise ValueError(f"{name} holds class {int(m.max() if m.min() >= 0 else m.min())}; with {classes} classes they run from 0 to {classes - 1}")
     hot = lambda m: torch.nn.functional.one_hot(m, classes).movedim(-1, 1)
@@ -69,7 +72,7 @@ def class_scores(
     nothing = ~(p | t).flatten(2).any(2)
     return {k: f(p, t, ignore_empty=False).double().masked_fill(nothing, float('nan')) for k, f in (('dice', compute_dice), ('iou', compute_iou))}
 
-# %% ../../nbs/evaluate/44_paired.ipynb #100ae3d1
+# %% ../../nbs/evaluate/44_paired.ipynb #f58e1ec9
 def _backbone(make, name):
     "A ready network, or an error that says how to get one"
     try: net = make()

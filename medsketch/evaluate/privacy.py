@@ -265,15 +265,15 @@ class Privacy:
                           f"suspicious {s / m:.1%} [{low:.1%}, {high:.1%}] · of images that copy nothing at most {self.expected:.1%} · p = {self.p:.2g}",
                           'ALARM: ' + ('there are copies' if 'copy' in verdicts else 'more images are near than chance explains') if self.alarm else 'no alarm'])
 
-# %% ../../nbs/evaluate/45_privacy.ipynb #d3961ed5
+# %% ../../nbs/evaluate/45_privacy.ipynb #ace02dc0
 def _read(images, name, detail, extractors, moves, chunk):
     "Small pictures (N, C, h, w), per extractor features (moves, N, d), and the images' shape"
     pictures, features, shape = [], [[] for _ in extractors], None
-    for batch in image_batches(images, chunk):
+    for batch in image_batches(images, chunk, f'{name} images'):
         shape = tuple(batch.shape[1:])
         pictures.append(shrink(batch, detail))
         for e, out in zip(extractors, features):
-            out.append(torch.stack([check_features(e(f(batch)), f'features of {name} images').float().cpu() for f in moves]))
+            out.append(torch.stack([check_features(e(f(batch)), f'features of {name} images', len(batch)).float().cpu() for f in moves]))
     if not pictures: raise ValueError(f"there are no {name} images")
     if min(pictures[0].shape[-2:]) < 16: raise ValueError(f"{name} images are {shape[-2]} x {shape[-1]}; the check needs at least 16 px at {detail} px detail")
     return torch.cat(pictures), [torch.cat(f, 1) for f in features], shape
@@ -314,6 +314,7 @@ def privacy_check(
     "How near synthetic images come to training images, against how near real ones do. Raises `ValueError` for too few images, NaN, mixed sizes or channels"
     extractors = [extractors] if callable(extractors) else list(extractors)
     if not 0 < alpha < 1: raise ValueError(f"alpha is {alpha}; it is a share, such as .01")
+    if not moves or shift < 0 or side < 2: raise ValueError(f"there are {len(moves)} moves, shift is {shift} and side {side}; at least 1, 0 and 2 are needed")
     read = lambda images, name, fs: _read(images, name, detail, extractors, list(fs), chunk)
     sets = dict(synthetic=read(fake, 'synthetic', moves.values()), training=read(train, 'training', list(moves.values())[:1] if held is not None else moves.values()))
     if held is not None: sets['held-back'] = read(held, 'held-back', moves.values())
