@@ -105,10 +105,30 @@ def test_render_answers_every_sketch_and_lists_bad_ones(medsketch, trained, tmp_
 
 def test_evaluate_prints_a_table_and_json(medsketch, photos, tmp_path):
     status, out, _ = medsketch(f"evaluate {photos} {photos} --size 32")
-    assert status == 0 and "ms_ssim" in out and "swd" in out
+    assert status == 0 and "MS-SSIM" in out and "SWD" in out and "two halves of the real" in out
     status, out, _ = medsketch(f"evaluate {photos} {photos} --size 32 --json --metrics swd")
     scores = json.loads(out)
-    assert scores["real"] == scores["fake"] == 8 and set(scores["swd"]) == {"score", "real_halves"}
+    assert scores["real"] == scores["fake"] == 8 and scores["used"] == 4
+    assert scores["swd"]["low"] <= scores["swd"]["score"] <= scores["swd"]["high"] and scores["swd"]["real_halves"] > 0 and scores["swd"]["extractor"]
+
+
+def test_compare_prints_the_papers_table_and_goes_on(medsketch, tmp_path):
+    line = f"compare --data phantoms:fundus:24 --recipes dcgan,wgan --scale tour --size 32 --steps 4 --n 12 --features thumbnails --metrics swd,fid --out {tmp_path}/c"
+    status, out, err = medsketch(line)
+    assert (status, err) == (0, "") and "FID ↓" in out and "dcgan" in out and out.count("trained after") == 2
+    table = (tmp_path / "c/table.csv").read_text()
+    status, out, _ = medsketch(line.replace("dcgan,wgan", "dcgan,wgan,pggan"))
+    assert status == 0 and out.count("scores kept") == 2 and out.count("trained after") == 1
+    kept = [r for r in (tmp_path / "c/table.csv").read_text().splitlines() if not r.startswith("pggan")]
+    assert kept == table.splitlines()
+
+
+def test_export_writes_a_set_with_its_datasheet(medsketch, photos, trained, tmp_path):
+    status, out, err = medsketch(f"export {trained} --n 3 --out {tmp_path}/set --licence cc0-1.0 --source phantoms")
+    assert (status, err) == (0, "") and "datasheet" in out
+    assert len(list((tmp_path / "set/images").glob("*.png"))) == 3 and "not checked" in (tmp_path / "set/DATASHEET.md").read_text().lower()
+    status, _, err = medsketch(f"export {trained} --n 3 --out {tmp_path}/set2 --format parquet")
+    assert status == 1 and "folder" in err and not (tmp_path / "set2").exists()
 
 
 def test_resume_goes_on_and_a_second_start_is_refused(medsketch, photos, trained):
@@ -163,8 +183,16 @@ MISTAKES = {
     "sketch {photos} {tmp}/x --style cubist": (1, "cubist"),
     "sketch {photos} {tmp}/x --method pencil": (1, "sobel, canny, contour"),
     "sketch {photos} {tmp}/x --size 100": (1, "nearest is 128"),
-    "evaluate {photos} {photos} --metrics beauty": (1, "ms_ssim, swd"),
+    "evaluate {photos} {photos} --metrics beauty": (1, "swd, ms_ssim"),
     "evaluate {photos} {tmp}/empty": (1, "no images"),
+    "evaluate {photos} {photos} --metrics fid --features thumbnails --size 32": (1, "at least 12"),
+    "evaluate {photos} {photos} --metrics continuity --size 32": (1, "segmenter"),
+    "evaluate {photos} {photos} --metrics fid --features {tmp}/file --size 32": (1, "train_moco"),
+    "compare --data phantoms:fundus:12 --out {tmp}/x --recipes cyclegan --n 12 --size 32": (1, "no recipe is called"),
+    "compare --data {photos} --out {tmp}/x --seeds a,b --size 32": (1, "whole numbers"),
+    "compare --data {photos} --out {tmp}/x --size 32": (1, "at least 12"),
+    "export {run} --n 0 --out {tmp}/x": (1, "n=0"),
+    "export {tmp}/file --out {tmp}/x": (1, "not a file that medsketch saved"),
 }
 
 
