@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['settings_for', 'make_recipe', 'figure_of', 'compare', 'write_table']
 
-# %% ../../nbs/evaluate/49_compare.ipynb #cd7146d6
+# %% ../../nbs/evaluate/49_compare.ipynb #dc152fd6
 import inspect
 import json
 import time
@@ -25,7 +25,7 @@ from .moco import load_moco, train_moco
 from .table import FEATURES, Table, check_metrics, floor_scores, least_images, score_images
 from ..recipes.base import recipe_class
 
-# %% ../../nbs/evaluate/49_compare.ipynb #31a66842
+# %% ../../nbs/evaluate/49_compare.ipynb #f050dc05
 def settings_for(
     name:str, # a recipe's
     settings:dict, # {argument: value} for all recipes that have it, {'recipe.argument': value} for one
@@ -54,7 +54,7 @@ def make_recipe(
     config |= told  # who passes a schedule of their own answers for the budget
     return cls(**config)
 
-# %% ../../nbs/evaluate/49_compare.ipynb #50580eea
+# %% ../../nbs/evaluate/49_compare.ipynb #a3b4a346
 def _extractor(features, data, folder, steps):
     "The extractor asked for by name; MoCo is trained once and kept"
     if isinstance(features, Extractor): return features
@@ -64,7 +64,7 @@ def _extractor(features, data, folder, steps):
     if (folder/'weights.safetensors').exists(): return load_moco(folder)
     return train_moco(data, folder, steps=steps, width=.5, progress=False)
 
-# %% ../../nbs/evaluate/49_compare.ipynb #05c9449e
+# %% ../../nbs/evaluate/49_compare.ipynb #c38ded60
 def _write(path, text):
     try:
         with atomic_write(path, 'w') as f: f.write(text)
@@ -98,7 +98,7 @@ def figure_of(
                 axes[i, j].imshow(a.squeeze(), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
     return fig
 
-# %% ../../nbs/evaluate/49_compare.ipynb #74644909
+# %% ../../nbs/evaluate/49_compare.ipynb #e64c5fbd
 def _train_and_score(recipe, run, data, draw, of, score, every, precision, progress, say):
     "One system, one seed: its samples, and its scores, kept or new"
     start = time.monotonic()
@@ -152,7 +152,7 @@ def compare(
     truth = real.batch(range(len(real)))['image']
     of = dict(n=n, metrics=list(metrics), features=getattr(extractor, 'name', ''), reference=real.fingerprint(), segmenter=getattr(segmenter, 'name', ''), resamples=resamples)
     score = lambda images: score_images(truth, images, metrics, extractor, segmenter, train=data, resamples=resamples)
-    rows, columns, told = {}, dict(real=truth), []
+    rows, columns, told = {}, dict(real=truth[np.linspace(0, len(truth) - 1, 5).astype(int)]), []
     for (name, seed), recipe in made.items():
         run = out/'runs'/f'{name}-{seed}'
         images, scores = _train_and_score(recipe, run, data, n, of | dict(config=recipe.config), score, every, precision, progress, say)
