@@ -265,6 +265,13 @@ def same_runs(a, b):
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_a_finished_run_taken_up_again_draws_the_same(through, data, name):
+    "There is no step left to make, and nothing may depend on one"
+    r = tiny(name).fit(data, through[name].out, progress=False)
+    assert torch.equal(r.sample(3)['image'], through[name].recipe.sample(3)['image'])
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_a_killed_run_resumes_to_the_last_bit(through, data, tmp_path, name):
     "Killed while it writes the checkpoint of step 8: between two of WGAN's updates of G, and in the middle of a fade"
     def run():

@@ -95,6 +95,7 @@ class Fade(Callback):
         self.size, self.alpha, _ = growth.at(0)
     def before_fit(self, trainer): self._set(trainer, trainer.step)
     def before_step(self, trainer): self._set(trainer, trainer.step)
+    def after_fit(self, trainer): self._set(trainer, trainer.step)  # of a finished run that was resumed there was no step
     def _set(self, trainer, step):
         self.size, self.alpha, batch_size = self.growth.at(step)
         if batch_size: trainer.data.batch_size = batch_size
