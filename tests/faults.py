@@ -15,7 +15,9 @@ def exit_codes(*calls):
     processes = [multiprocessing.get_context('fork').Process(target=f) for f in calls]
     for p in processes: p.start()
     for p in processes: p.join(60)
+    hung = [p.name for p in processes if p.is_alive()]
     for p in processes: p.kill(), p.join()
+    assert not hung, f'{hung} hung'  # a kill from here must not pass for the one that was asked for
     return [p.exitcode for p in processes]
 
 
