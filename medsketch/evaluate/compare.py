@@ -12,9 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from ..core import atomic_write, check_size, to_uint8
@@ -87,7 +85,7 @@ def figure_of(
 ): # a matplotlib figure
     "Samples side by side, a column for every system, as the paper's Fig. 3"
     fig = Figure(figsize=(1.25 * len(columns), 1.25 * rows + .3), layout='constrained')
-    axes = np.atleast_2d(fig.subplots(rows, len(columns), squeeze=False))
+    axes = fig.subplots(rows, len(columns), squeeze=False)
     for j, (name, images) in enumerate(columns.items()):
         axes[0, j].set_title(name, fontsize=9)
         for i in range(rows):
