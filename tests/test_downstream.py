@@ -65,15 +65,6 @@ class Recorder:
     def save(self, path): path.write_bytes(b'')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "A forked process hangs in threads that stayed behind"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 @pytest.fixture
 def recorder(monkeypatch):
     monkeypatch.setattr(module, 'Segmenter', Recorder)

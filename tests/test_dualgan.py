@@ -40,14 +40,6 @@ def some_data(n=7, channels=3, size=16, seed=0, classes=2, **kwargs):
     return ImageData(rng.integers(0, 256, (n, channels, size, size), np.uint8), masks, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 @pytest.fixture(scope='module')
 def data(): return some_data()
 

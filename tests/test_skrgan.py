@@ -44,14 +44,6 @@ TINY = {'size': 16, 'latent_dim': 8, 'fmap_base': 32, 'fmap_max': 8, 'ngf': 4, '
 def tiny(**changes): return SkrGAN(**TINY | changes)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def some_data(n=6, channels=3, size=16, seed=0):
     rng = np.random.default_rng(seed)
     return ImageData(rng.integers(0, 256, (n, channels, size, size), np.uint8), sketches=rng.choice(np.array([0, 255], np.uint8), (n, size, size), p=(.8, .2)))

@@ -40,14 +40,6 @@ from medsketch.train.trainer import Callback, Phase, Trainer
 os.environ['ACCELERATE_USE_CPU'] = 'true'   # "to the last bit" is a promise for the CPU
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 # --- growth ---
 
 def random_growth(rng):
