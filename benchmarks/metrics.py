@@ -1,8 +1,8 @@
-"Metrics: 200 real against 200 synthetic images of 256 px in RGB, distances of features, and what a set's patches take in memory."
+"Metrics: 200 real against 200 synthetic images of 256 px in RGB, distances of features, and memory of large sets."
 import time
+import tracemalloc
 
 import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
@@ -11,7 +11,7 @@ from torchmetrics.image.fid import _compute_fid
 from benchmarks.common import Row
 from medsketch.evaluate.distances import fid, kid
 from medsketch.evaluate.features import FeatureStats
-from medsketch.evaluate.metrics import _set_patches, ms_ssim, swd
+from medsketch.evaluate.metrics import ms_ssim, swd
 
 # Seconds at 500 GFLOP/s: the fastest public code measured, and half of the progressive GAN's 5.2 s for SWD.
 MS_SSIM_TARGET, SWD_TARGET, KID_TARGET = 3.2, 5.2 / 2, 1.
@@ -67,12 +67,21 @@ def distances(g):
             Row('kid', seconds(lambda: kid(real[:1000], fake[:1000])), 's', KID_TARGET, f'1,000 images, {DIM} dimensions, 100 subsets')]
 
 
+def memory(n):
+    "Most bytes that `swd` held at once, on n images that come one batch at a time"
+    batch = torch.rand(64, 3, 64, 64) * 2 - 1
+    tracemalloc.start()
+    swd((batch for _ in range(n // 64)), (batch for _ in range(n // 64)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
 def rows(peak: float) -> list[Row]:
     "Scores of images, of features, and memory"
     g = torch.Generator().manual_seed(0)
     real = torch.rand(COUNT, 3, SIZE, SIZE, generator=g) * 2 - 1
     fake = (real + .1 * torch.randn(real.shape, generator=g)).clamp(-1, 1)
     out = images(real, fake) + distances(g)
-    patches = _set_patches(real[:2], np.random.default_rng(0))
-    kb = sum(p.nbytes for p in patches.values()) / 2 / 1e3
-    return [*out, Row('swd patches kept', kb, 'kB/image', None, f'{len(patches)} levels')]
+    few, many = memory(1024), memory(4096)
+    return [*out, Row('swd memory, 4,096 over 1,024 images', many / few, 'times', 1.1, f'64 px, in a stream; {many / 1e6:.0f} MB')]

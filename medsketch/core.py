@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'PALETTE', 'seed_everything', 'torch_rng', 'default_device', 'keep_memory', 'scale', 'by_scale',
-           'check_size', 'atomic_write', 'to_uint8', 'from_uint8', 'sketch_to_uint8', 'mask_to_rgb', 'to_pixels',
-           'interactive', 'grid', 'sample_grid', 'show_images', 'png_bytes', 'save_png', 'save_grid']
+           'check_size', 'atomic_write', 'weights_name', 'to_uint8', 'from_uint8', 'pictures', 'sketch_to_uint8',
+           'mask_to_rgb', 'to_pixels', 'interactive', 'text_table', 'grid', 'sample_grid', 'show_images', 'png_bytes',
+           'save_png', 'save_grid']
 
-# %% ../nbs/00_core.ipynb #0cf6ec54
+# %% ../nbs/00_core.ipynb #012a9c0a
 import contextlib
 import ctypes
+import hashlib
 import io
 import os
 import random
@@ -23,7 +25,7 @@ import torch
 from fastprogress.fastprogress import IN_NOTEBOOK
 from PIL import Image
 
-# %% ../nbs/00_core.ipynb #d89d4964
+# %% ../nbs/00_core.ipynb #1e17a471
 def seed_everything(
     seed:int=0, # the same seed on the same machine gives the same bits
 ):
@@ -32,7 +34,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #695c7167
+# %% ../nbs/00_core.ipynb #c264ec8e
 def torch_rng(
     *seeds:int, # one or more integers; different tuples give independent streams
     device='cpu', # where the numbers will be drawn
@@ -41,14 +43,14 @@ def torch_rng(
     state = int(np.random.SeedSequence([s % 2**63 for s in seeds]).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device=device).manual_seed(state)
 
-# %% ../nbs/00_core.ipynb #d42148b5
+# %% ../nbs/00_core.ipynb #e25e5f03
 def default_device() -> torch.device:
     "CUDA if there is one, then Apple's MPS, then the CPU"
     if torch.cuda.is_available(): return torch.device('cuda')
     if torch.backends.mps.is_available(): return torch.device('mps')
     return torch.device('cpu')
 
-# %% ../nbs/00_core.ipynb #ca9b377c
+# %% ../nbs/00_core.ipynb #08ffbd6b
 _kept = None
 
 def keep_memory() -> bool: # True if the allocator was told to keep freed memory
@@ -62,7 +64,7 @@ def keep_memory() -> bool: # True if the allocator was told to keep freed memory
         _kept = bool(mallopt and mallopt(M_MMAP_THRESHOLD, largest) and mallopt(M_TRIM_THRESHOLD, largest))
     return _kept
 
-# %% ../nbs/00_core.ipynb #765dc934
+# %% ../nbs/00_core.ipynb #07d943d9
 SCALES = ('tour', 'gpu', 'paper')
 
 def scale() -> str: # one of `SCALES`
@@ -79,7 +81,7 @@ def by_scale(
     "The value for the scale the dial stands at"
     return dict(zip(SCALES, (tour, gpu, paper)))[scale()]
 
-# %% ../nbs/00_core.ipynb #1990cea3
+# %% ../nbs/00_core.ipynb #db61e34a
 def check_size(
     size:int, # side of the square image, pixels
     least:int=4, # smallest size allowed
@@ -92,7 +94,7 @@ def check_size(
     near = min(sizes, key=lambda s: abs(np.log2(s) - np.log2(size))) if isinstance(size, (int, float)) and size > 0 else sizes[-1]
     raise ValueError(f"size {size} is not a power of two from {least} to {most}; the nearest is {near}")
 
-# %% ../nbs/00_core.ipynb #770ff868
+# %% ../nbs/00_core.ipynb #60f957c8
 @contextlib.contextmanager
 def atomic_write(
     path, # final path; its folder is made if it is missing
@@ -114,7 +116,17 @@ def atomic_write(
         Path(tmp).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/00_core.ipynb #cd677dba
+# %% ../nbs/00_core.ipynb #d16000c4
+def weights_name(
+    *nets:torch.nn.Module, # any networks, in an order that does not change
+) -> str: # 16 hexadecimal digits
+    "A short name for the weights of some networks: the same bits give the same one"
+    h = hashlib.blake2b(digest_size=8)
+    for net in nets:
+        for t in net.state_dict().values(): h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+# %% ../nbs/00_core.ipynb #b7e01f94
 def to_uint8(
     x:torch.Tensor, # (..., C, H, W) image in [-1, 1]
 ) -> np.ndarray: # (..., H, W, C) uint8
@@ -130,6 +142,14 @@ def from_uint8(
     if a.ndim == 2: a = a[..., None]
     return torch.from_numpy(a).movedim(-1, -3).float() / 127.5 - 1
 
+def pictures(
+    x:torch.Tensor, # (C, H, W) image in [-1, 1]
+) -> dict: # {'': (H, W) or (H, W, 3) uint8}, or {'_1': (H, W), '_2': ...}
+    "The pictures an image is stored as, under the endings of their names: one if it is grey or RGB, else one per modality"
+    a = to_uint8(x)
+    if a.shape[-1] == 3: return {'': a}
+    return {'' if a.shape[-1] == 1 else f'_{i + 1}': a[..., i] for i in range(a.shape[-1])}
+
 def sketch_to_uint8(
     s:torch.Tensor, # (..., 1, H, W) or (H, W) sketch in [0, 1], 1 = stroke
 ) -> np.ndarray: # (..., H, W) uint8, dark strokes on white
@@ -138,7 +158,7 @@ def sketch_to_uint8(
     if s.ndim > 2: s = s[..., 0, :, :]
     return ((1 - s.clamp(0, 1)) * 255).round().to(torch.uint8).numpy()
 
-# %% ../nbs/00_core.ipynb #2083a5ff
+# %% ../nbs/00_core.ipynb #03485867
 PALETTE = np.array([[0, 0, 0], [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66],
                     [0, 114, 178], [213, 94, 0], [204, 121, 167], [255, 255, 255]], np.uint8)
 
@@ -163,12 +183,23 @@ def to_pixels(
     a = sketch_to_uint8(x)[..., None] if kind == 'sketch' else to_uint8(x)
     return a if a.shape[-1] == 3 else np.repeat(a[..., :1], 3, -1)
 
-# %% ../nbs/00_core.ipynb #59c65863
+# %% ../nbs/00_core.ipynb #5feee554
 def interactive() -> bool: # True in a notebook or a terminal
     "Is there someone to show a progress bar to?"
     return IN_NOTEBOOK or sys.stdout.isatty()
 
-# %% ../nbs/00_core.ipynb #87c39e23
+# %% ../nbs/00_core.ipynb #5dbd0072
+def text_table(
+    lines, # of cells, each a list of strings; the first is the header
+    rule:bool=True, # a line of dashes under the header
+) -> str:
+    "Lines of cells as aligned text"
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    out = ['  '.join(c.ljust(w) for c, w in zip(line, wide)).rstrip() for line in lines]
+    if rule: out.insert(1, '-' * max(map(len, out)))
+    return '\n'.join(out)
+
+# %% ../nbs/00_core.ipynb #1bfcce6d
 def grid(
     images, # a batch, or a list of anything `to_pixels` takes, all of one size
     cols:int=8, # pictures per row
@@ -205,7 +236,7 @@ def sample_grid(
             tiles += row + [np.full_like(row[0], 255)] * (min(cols, len(samples)) - len(row))
     return grid(tiles, cols=min(cols, len(samples)))
 
-# %% ../nbs/00_core.ipynb #65451f9d
+# %% ../nbs/00_core.ipynb #2c570dee
 def show_images(
     images, # a batch, a list of pictures, or a grid of pixels (H, W, 3) uint8
     cols:int=8, # pictures per row

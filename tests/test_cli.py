@@ -115,10 +115,10 @@ def test_evaluate_prints_a_table_and_json(medsketch, photos, tmp_path):
 def test_compare_prints_the_papers_table_and_goes_on(medsketch, tmp_path):
     line = f"compare --data phantoms:fundus:24 --recipes dcgan,wgan --scale tour --size 32 --steps 4 --n 12 --features thumbnails --metrics swd,fid --out {tmp_path}/c"
     status, out, err = medsketch(line)
-    assert (status, err) == (0, "") and "FID ↓" in out and "dcgan" in out and out.count("trained after") == 2
+    assert (status, err) == (0, "") and "FID ↓" in out and "dcgan" in out and out.count("trained, scored") == 2
     table = (tmp_path / "c/table.csv").read_text()
     status, out, _ = medsketch(line.replace("dcgan,wgan", "dcgan,wgan,pggan"))
-    assert status == 0 and out.count("scores kept") == 2 and out.count("trained after") == 1
+    assert status == 0 and out.count("trained before, scores kept") == 2 and out.count("trained, scored") == 1
     kept = [r for r in (tmp_path / "c/table.csv").read_text().splitlines() if not r.startswith("pggan")]
     assert kept == table.splitlines()
 
@@ -185,7 +185,7 @@ MISTAKES = {
     "sketch {photos} {tmp}/x --size 100": (1, "nearest is 128"),
     "evaluate {photos} {photos} --metrics beauty": (1, "swd, ms_ssim"),
     "evaluate {photos} {tmp}/empty": (1, "no images"),
-    "evaluate {photos} {photos} --metrics fid --features thumbnails --size 32": (1, "at least 12"),
+    "evaluate {photos} {photos} --metrics fid --features thumbnails --size 32": (1, "at least 24 and 12"),
     "evaluate {photos} {photos} --metrics continuity --size 32": (1, "segmenter"),
     "evaluate {photos} {photos} --metrics fid --features {tmp}/file --size 32": (1, "train_moco"),
     "compare --data phantoms:fundus:12 --out {tmp}/x --recipes cyclegan --n 12 --size 32": (1, "no recipe is called"),

@@ -101,7 +101,7 @@ def test_grey_images_several_contrasts_and_moco(tmp_path):
 @pytest.mark.parametrize(('change', 'message'), {
     'unknown recipe': ({"recipes": ['gan']}, 'no recipe is called'), 'no recipe': ({"recipes": []}, 'at least one recipe'), 'no seed': ({"seeds": ()}, 'one seed'),
     'few samples': ({"n": 3}, 'at least 12'), 'unknown score': ({"metrics": ['beauty']}, 'no score is called'), 'no segmenter': ({"metrics": ['continuity']}, 'segmenter'),
-    'unknown features': ({"features": 'eyes'}, "'moco'"), 'no steps': ({"steps": 0}, 'at least'), 'argument of nobody': ({"settings": {'dcgan.beauty': 1}}, 'no argument'),
+    'unknown features': ({"features": 'eyes'}, 'no features are called'), 'no steps': ({"steps": 0}, 'at least'), 'argument of nobody': ({"settings": {'dcgan.beauty': 1}}, 'no argument'),
 }.values())
 def test_mistakes_are_said_before_anything_is_trained(eyes, tmp_path, change, message):
     with pytest.raises(ValueError, match=message): compare(**{"data": eyes, "recipes": ['dcgan'], "out": tmp_path} | BUDGET | change)

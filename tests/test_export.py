@@ -20,6 +20,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from medsketch.core import to_uint8, torch_rng
 from medsketch.data import ImageData, load_images
 from medsketch.evaluate.features import Extractor
+from medsketch.evaluate.table import METRICS
 from medsketch.export import (
     Plan,
     chunk_seed,
@@ -275,13 +276,15 @@ def test_datasets_reads_it(tmp_path):
 # --- the datasheet ---
 
 def test_the_datasheet_says_what_has_to_be_known(tmp_path):
-    train, held = pictures(), pictures(n=20, seed=5)
+    train, held = pictures(), pictures(seed=5)
     made = export_dataset(Painter(), 12, tmp_path/'set', train=train, held=held, source='Two hospitals, 2019.', licence='cc-by-4.0', name='A set', progress=False)
     text = made.datasheet.read_text('utf-8')
     assert not made.alarm and text.startswith('# A set\n\n> **Privacy checked, no alarm')
     assert made.privacy.table() in text and 'Two hospitals, 2019.' in text and 'cc-by-4.0' in text
-    assert 'thumbnail 8 px' in text and '10 real, 10 synthetic' in text and 'held back' in text, 'scores are labelled'
-    assert [s.name for s in made.scores['synthetic']] == ['SWD × 10³', 'MS-SSIM', 'FID']
+    assert 'thumbnail 8 px' in text and '12 real, 12 synthetic' in text and 'two halves of the real' in text and 'held back' in text, 'scores are labelled'
+    assert made.scores.names == [METRICS[m] for m in ('swd', 'ms_ssim', 'fid')]
+    few = export_dataset(Painter(), 11, tmp_path/'few', train=train, held=held, progress=False)
+    assert few.scores.names == [METRICS[m] for m in ('swd', 'ms_ssim')], 'eleven are too few for FID'
     assert '0 background, 1 lung, 2 heart' in text and '12 images, 16 × 16 pixels, grey' in text
     assert train.fingerprint() in text and '24 images of 24 subjects' in text
     assert str(tmp_path) not in text and not any(p in text for p in train.paths), 'no paths of the machine or of the source'
@@ -292,15 +295,17 @@ def test_scores_tell_a_good_generator_from_a_bad_one(tmp_path):
         def sample(self, n, seed=0): return super().sample(n, seed) | {'image': torch.rand(n, 1, 16, 16, generator=torch_rng(seed)) - .5}
     train, held = pictures(n=40), pictures(n=40, seed=5)
     good, bad = (export_dataset(r, 20, tmp_path/type(r).__name__, train=train, held=held, progress=False).scores for r in (Painter(), Grain()))
-    for i, lower in enumerate((True, False, True)): assert (good['synthetic'][i].value < bad['synthetic'][i].value) == lower, good['synthetic'][i].name
-    assert bad['synthetic'][2].value > bad['real halves'][2].value > 0
+    for m, lower in (('swd', True), ('ms_ssim', False), ('fid', True)): assert (good.mean('synthetic', METRICS[m]) < bad.mean('synthetic', METRICS[m])) == lower, m
+    assert bad.mean('synthetic', METRICS['fid']) > bad.floor[2].value > 0
+    assert export_dataset(Painter(), 3, tmp_path/'three', train=train, held=held, progress=False).scores is None
+    assert 'fewer than 4 images' in (tmp_path/'three/DATASHEET.md').read_text('utf-8')
 
 
 def test_an_extractor_that_is_passed_in_is_used_and_named(tmp_path):
     mean = Extractor(lambda x: x.mean((2, 3)).repeat(1, 3) + torch.arange(3) * x.std((1, 2, 3))[:, None], 'mean colour', device='cpu')
     made = export_dataset(Painter(), 12, tmp_path/'set', train=pictures(), held=pictures(seed=5), extractor=mean, progress=False)
-    assert 'mean colour' in [v.name for v in made.privacy.views] and made.scores['synthetic'][2].extractor == 'mean colour'
-    assert 'FID: 12 real, 12 synthetic · mean colour' in made.datasheet.read_text('utf-8')
+    assert 'mean colour' in [v.name for v in made.privacy.views] and made.scores.rows['synthetic'][0][2].extractor == 'mean colour'
+    assert re.search('FID ↓: 12 real, 12 synthetic .*· mean colour', made.datasheet.read_text('utf-8'))
 
 
 @pytest.mark.parametrize('format', ['folder', 'hf', 'dicom'])

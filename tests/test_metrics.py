@@ -1,4 +1,5 @@
 """MS-SSIM and SWD against the stored reference values, on odd input, and in bounded memory."""
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from medsketch.core import from_uint8, to_uint8
+from medsketch.data import phantom_data
 from medsketch.evaluate import metrics
 from medsketch.evaluate.metrics import (
     cut_patches,
@@ -111,7 +113,7 @@ def test_pairs_and_sets():
 
 def test_pairs_never_join_an_image_with_itself_and_use_all(monkeypatch):
     drawn = {}
-    monkeypatch.setattr(metrics, '_ms_ssim_streamed', lambda x, y, i, j: drawn.update(i=i, j=j) or 0.)
+    monkeypatch.setattr(metrics, '_ms_ssim_of_rows', lambda x, i, y, j: drawn.update(i=i, j=j) or 0.)
     ms_ssim_pairs(noise(7), 70)
     assert (drawn['i'] != drawn['j']).all() and (drawn['i'].bincount() == 10).all() and drawn['j'].max() == 6
     ms_ssim_sets(noise(7), noise(3), 21)
@@ -197,10 +199,58 @@ def test_refusals(metric, bad, says):
 
 
 def test_refusals_of_one_metric():
-    with pytest.raises(ValueError, match='4 images and y 3'): ms_ssim(good, good[:3])
+    with pytest.raises(ValueError, match='y has 3 images and x more'): ms_ssim(good, good[:3])
     with pytest.raises(ValueError, match='take 3 of each'): swd(good, good[:3])
     with pytest.raises(ValueError, match='square'): swd(good[..., :16], good[..., :16])
     with pytest.raises(ValueError, match='nearest is 32'): swd(good[..., :24, :24], good[..., :24, :24])
     with pytest.raises(ValueError, match='16'): swd(good[..., :8, :8], good[..., :8, :8])
     with pytest.raises(ValueError, match='at least 2'): ms_ssim_pairs(good[:1])
     with pytest.raises(ValueError, match='n_pairs'): ms_ssim_sets(good, good, 0)
+
+
+# ---- streams ---------------------------------------------------------------------------------
+
+def test_scores_of_a_stream_are_those_of_a_batch():
+    x, y, data = noise(9, 3, 32), noise(9, 3, 32, seed=1), phantom_data('fundus', 9, 32)
+    pixels = data.batch(range(9))['image']
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert swd(iter(x.split(4)), (b for b in y.split(2))) == swd(x, y)
+        assert swd(data, [{'image': y}]) == swd(pixels, y)
+        assert ms_ssim(iter(x.split(4)), (b for b in y.split(2))) == ms_ssim(x, y)
+        assert ms_ssim_sets(data, y) == ms_ssim_sets(pixels, y) and ms_ssim_pairs(data) == ms_ssim_pairs(pixels)
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda x: swd(iter(x.split(2)), iter(x[:5].split(2))), 'real has 6 images and fake 5'),
+    (lambda x: swd(iter(x.split(2)), iter([])), 'fake has no images'),
+    (lambda x: swd([x, x[..., :16, :16]], x), 'one set holds images'),
+    (lambda x: swd(x, [x[..., :16, :16]]), r'real images are \(3, 32, 32\) and fake images \(3, 16, 16\)'),
+    (lambda x: swd(x, x, most=0), 'at least one patch'),
+    (lambda x: ms_ssim(iter(x.split(2)), x[:5]), 'y has 5 images and x more'),
+    (lambda x: ms_ssim([], []), 'no images'),
+    (lambda x: ms_ssim_sets(phantom_data('fundus', 2, 64), x), 'bring them to one size'),
+    (lambda x: ms_ssim_pairs(phantom_data('fundus', 1, 32)), 'x has 1 images; at least 2'),
+])
+def test_bad_streams(call, words):
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=words):
+        warnings.simplefilter('ignore')
+        call(noise(6, 3, 32))
+
+
+def test_memory_of_swd_has_a_limit():
+    batch = noise(32, 1, 16)
+    def peak(n):
+        tracemalloc.start()
+        try:
+            swd((batch for _ in range(n // 32)), (batch for _ in range(n // 32)), most=2**12)
+            return tracemalloc.get_traced_memory()[1]
+        finally: tracemalloc.stop()
+    peak(32)
+    assert peak(512) < 1.1 * peak(64)
+
+
+def test_fewer_patches_of_each_image_say_the_same():
+    x, y = (phantom_data('fundus', 64, 32, seed=s).batch(range(64))['image'] for s in (0, 1))
+    full, few = swd(x, y)['mean'], swd(x, y, most=2**12)['mean']
+    assert few == pytest.approx(full, rel=.25) and few != full

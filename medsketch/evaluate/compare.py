@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from ..core import atomic_write, check_size, to_uint8
 from ..data import ImageData
 from .distances import Score
-from .features import Extractor, inception, thumbnails
-from .moco import load_moco, train_moco
+from .features import Extractor
+from .moco import features_by_name, load_moco, train_moco
 from .table import FEATURES, Table, check_metrics, floor_scores, least_images, score_images
 from ..recipes.base import recipe_class
 
@@ -56,9 +56,7 @@ def make_recipe(
 def _extractor(features, data, folder, steps):
     "The extractor asked for by name; MoCo is trained once and kept"
     if isinstance(features, Extractor): return features
-    if features == 'thumbnails': return thumbnails()
-    if features == 'inception': return inception()
-    if features != 'moco': raise ValueError(f"features are {features!r}; use 'moco', 'inception', 'thumbnails' or an Extractor")
+    if features != 'moco': return features_by_name(features)
     if (folder/'weights.safetensors').exists(): return load_moco(folder)
     return train_moco(data, folder, steps=steps, width=.5, progress=False)
 
@@ -99,14 +97,15 @@ def figure_of(
 # %% ../../nbs/evaluate/49_compare.ipynb #e64c5fbd
 def _train_and_score(recipe, run, data, draw, of, score, every, precision, progress, say):
     "One system, one seed: its samples, and its scores, kept or new"
-    start = time.monotonic()
+    start, before = time.monotonic(), _seconds(run)
     recipe.fit(data, run, resume=True, every=every, progress=progress, mixed_precision=precision)
     images = recipe.sample(draw, seed=recipe.config['seed'])['image'].cpu()
     scores = _kept(run/'scores.json', of)
-    say(f"{run.name}: {'scores kept' if scores else 'trained'} after {time.monotonic() - start:.0f} s")
+    told = f"trained{'' if _seconds(run) > before else ' before'}, {'scores kept' if scores else 'scored'}"
     if scores is None:
         scores = score(images)
         _write(run/'scores.json', json.dumps(dict(of=of, scores=[asdict(s) for s in scores]), indent=1))
+    say(f'{run.name}: {told} in {time.monotonic() - start:.0f} s')
     return images, scores
 
 def _cost(run, recipe):
@@ -124,7 +123,7 @@ def compare(
     scale:str='gpu', # 'tour', 'gpu' or 'paper': widths, batch size and schedule
     settings:dict=None, # further arguments, see `settings_for`
     metrics=('swd', 'ms_ssim', 'diversity', 'fid', 'copies'), # keys of `evaluate.table.METRICS`
-    features='moco', # 'moco', 'inception', 'thumbnails' or an `Extractor`
+    features='moco', # 'moco' trains an encoder on the data; else as for `features_by_name`, or an `Extractor`
     moco_steps:int=500, # training steps of the MoCo encoder
     segmenter=None, # for the score 'continuity'
     reference:ImageData=None, # real images to score against; those trained on if not given
@@ -147,10 +146,9 @@ def compare(
     made = {(k, s): make_recipe(k, data, steps, scale, s, settings) for k in recipes for s in seeds}  # says what does not fit before anything is trained
     needs = any(m in FEATURES for m in metrics)
     extractor = _extractor(features, real, out/'features', moco_steps) if needs else None
-    truth = real.batch(range(len(real)))['image']
     of = dict(n=n, metrics=list(metrics), features=getattr(extractor, 'name', ''), reference=real.fingerprint(), segmenter=getattr(segmenter, 'name', ''), resamples=resamples)
-    score = lambda images: score_images(truth, images, metrics, extractor, segmenter, train=data, resamples=resamples)
-    rows, columns, told = {}, dict(real=truth[np.linspace(0, len(truth) - 1, 5).astype(int)]), []
+    score = lambda images: score_images(real, images, metrics, extractor, segmenter, train=data, resamples=resamples)
+    rows, columns, told = {}, dict(real=real.batch(np.linspace(0, len(real) - 1, 5).astype(int))['image']), []
     for (name, seed), recipe in made.items():
         run = out/'runs'/f'{name}-{seed}'
         images, scores = _train_and_score(recipe, run, data, n, of | dict(config=recipe.config), score, every, precision, progress, say)

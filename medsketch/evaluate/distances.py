@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 import torch
 
-from ..core import to_uint8, torch_rng
-from .features import Extractor, FeatureStats, check_features, check_shapes, image_batches, seen_shape
+from ..core import text_table, to_uint8, torch_rng
+from .features import Extractor, FeatureStats, check_features, check_shapes, seen_shape
+from .metrics import image_batches
 
 # %% ../../nbs/evaluate/43_distances.ipynb #dd786db1
 def _moments(
@@ -232,9 +233,7 @@ def score_table(
         s, notes = next(iter(column.values())), sorted({s.note for s in column.values()})
         n = f'{s.n_real} real, {s.n_fake} synthetic' if len(counts) == 1 else 'the numbers of images differ'
         feet.append(f"{name}: " + ' · '.join(filter(None, (n, s.extractor, *notes, s.version))))
-    wide = [max(map(len, c)) for c in zip(*lines)]
-    table = ['  '.join(c.ljust(w) for c, w in zip(line, wide)).rstrip() for line in lines]
-    return '\n'.join([table[0], '-' * len(table[0]), *table[1:], '', *feet])
+    return '\n'.join([text_table(lines), '', *feet])
 
 # %% ../../nbs/evaluate/43_distances.ipynb #0982eb33
 def feature_scores(

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import atomic_write, to_uint8, torch_rng
-from ..data import ImageData
+from ..core import atomic_write, text_table, to_uint8, torch_rng
+from ..data import ImageData, join
 from .distances import grey_histograms, kl_divergence, orientation_histograms, width_histograms
 from .paired import segmentation_scores
 from .segment import Segmenter, field_of_view
@@ -112,11 +112,6 @@ class _Joined:
             if (here := which == k).any(): out[here] = part[row[here]]
         return out
 
-def _join(sets, which, row):
-    "Rows of some sets as one set: of set `which[i]` the image `row[i]`"
-    names = [[getattr(sets[k], what)[i] for k, i in zip(which, row)] for what in ('paths', 'subjects')]
-    return ImageData(_Joined([d.images for d in sets], which, row), _Joined([d.masks for d in sets], which, row), paths=names[0], subjects=names[1])
-
 def mix(
     real:ImageData, synthetic:ImageData, # with masks
     share:float=.5, # of the images of an epoch, synthetic
@@ -124,8 +119,10 @@ def mix(
     "Two sets as one, the smaller repeated until the shares are right; nothing is copied"
     total = max(round(len(synthetic) / share), round(len(real) / (1 - share)))
     many = min(max(round(total * share), len(synthetic)), total - len(real))
+    sets, which = (real, synthetic), np.repeat([0, 1], [total - many, many])
     row = np.concatenate([np.resize(np.arange(len(real)), total - many), np.resize(np.arange(len(synthetic)), many)])
-    return _join((real, synthetic), np.repeat([0, 1], [total - many, many]), row)
+    names = [[getattr(sets[k], what)[i] for k, i in zip(which, row)] for what in ('paths', 'subjects')]
+    return ImageData(_Joined([d.images for d in sets], which, row), _Joined([d.masks for d in sets], which, row), paths=names[0], subjects=names[1])
 
 # %% ../../nbs/evaluate/47_downstream.ipynb #79eb77cb
 def _digests(data): return {hashlib.blake2b(np.ascontiguousarray(data.images[i]), digest_size=16).digest(): i for i in range(len(data))}
@@ -200,9 +197,7 @@ SHOWN = ('sensitivity', 'accuracy', 'auc', 'f1')
 def _format(lines, markdown):
     "Lines of cells as aligned text or as Markdown"
     if markdown: return '\n'.join(f"| {' | '.join(c)} |" for c in [lines[0], ['---'] * len(lines[0]), *lines[1:]])
-    wide = [max(map(len, c)) for c in zip(*lines)]
-    text = ['  '.join(c.ljust(w) for c, w in zip(line, wide)).rstrip() for line in lines]
-    return '\n'.join([text[0], '-' * max(map(len, text)), *text[1:]])
+    return text_table(lines)
 
 @dataclass
 class Downstream:
@@ -393,6 +388,5 @@ def dualgan_f1(
     "Trained on synthetic pairs only, how near does a segmenter come to one trained on real ones? (Dual-GAN, Table I.) Raises as `synthetic_pairs` and `downstream` do"
     check_sides(test, real=train)
     pairs = synthetic_pairs(recipe, n, seed, threshold, out=out and Path(out)/'pairs')
-    both = _join((train, test), np.repeat([0, 1], [len(train), len(test)]), np.r_[:len(train), :len(test)])
-    apart = half_divergences(both, pairs, seed=seed)
+    apart = half_divergences(join(train, test), pairs, seed=seed)
     return downstream(train, pairs, test, ('synthetic', 'real'), out=out, shown=['f1'], divergence=apart, paper=DUALGAN_TABLE1, across=True, name='dualgan_f1', **kwargs)

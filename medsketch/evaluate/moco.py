@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEPTHS', 'Views', 'MocoEncoder', 'info_nce', 'KeyEncoder', 'Follow', 'MocoLoss', 'train_moco', 'save_moco',
-           'load_moco']
+           'load_moco', 'features_by_name']
 
 # %% ../../nbs/evaluate/42_moco.ipynb #16962d91
 import copy
-import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +20,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from ..batches import Batches
-from ..core import atomic_write, seed_everything
+from ..core import atomic_write, seed_everything, weights_name
 from ..data import ImageData
-from .features import Extractor
+from .features import Extractor, inception, thumbnails
 from ..recipes.base import train_stage
 from ..train.trainer import Callback, Phase
 
@@ -148,13 +147,11 @@ class MocoLoss:
 # %% ../../nbs/evaluate/42_moco.ipynb #31934862
 def _extractor(encoder, config, chunk=32, device=None):
     "The encoder's features under a name that pins down weights and training set"
-    h = hashlib.blake2b(digest_size=4)
-    for t in encoder.net.state_dict().values(): h.update(t.detach().cpu().contiguous().numpy().tobytes())
     size, channels = config['size'], config['channels']
     def net(x):
         if x.shape[1] != channels: raise ValueError(f"these features were learned from images with {channels} channels, not {x.shape[1]}")
         return encoder.net(x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode='bilinear', antialias=True, align_corners=False))
-    name = f"moco-v2 resnet{config['depth']} × {config['width']:g}, {size} px, data {config['data']}, weights {h.hexdigest()} (medsketch {config['version']})"
+    name = f"moco-v2 resnet{config['depth']} × {config['width']:g}, {size} px, data {config['data']}, weights {weights_name(encoder.net)[:8]} (medsketch {config['version']})"
     out = Extractor(net, name, chunk, device)
     out.encoder, out.config = encoder.to(out.device).eval(), config
     return out
@@ -216,3 +213,12 @@ def load_moco(
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{path} holds no features of train_moco's ({' '.join(str(e).split())[:100]})") from None
     return _extractor(encoder, config, device=device)
+
+def features_by_name(
+    name, # 'inception', 'thumbnails', or the file or folder of an encoder
+) -> Extractor:
+    "The features that FID and its kin look at, as commands and settings name them. Raises as `inception` and `load_moco` do"
+    if name == 'inception': return inception()
+    if name == 'thumbnails': return thumbnails()
+    if not Path(name).exists(): raise ValueError(f"no features are called {name!r}; use inception, thumbnails, or the file or folder of an encoder of train_moco's")
+    return load_moco(name)

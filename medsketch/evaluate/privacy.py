@@ -15,10 +15,10 @@ from importlib.metadata import version
 import torch
 import torch.nn.functional as F
 
-from ..core import from_uint8, grid, to_uint8
+from ..core import from_uint8, grid, text_table, to_uint8
 from ..data import ImageData
-from .features import check_features, image_batches
-from .metrics import ms_ssim
+from .features import check_features
+from .metrics import image_batches, ms_ssim
 
 # %% ../../nbs/evaluate/45_privacy.ipynb #6597d381
 def shrink(
@@ -256,11 +256,9 @@ class Privacy:
         for v in self.views:
             numbers = _median(v.distance), _median(v.real), _median(v.ratio), v.limit, _median(v.second), _median(v.real_second), v.nearer
             rows.append((v.name, *(f'{x:.3g}' for x in numbers), f'{v.found} of {m}'))
-        wide = [max(map(len, c)) for c in zip(*rows)]
-        lines = ['  '.join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in rows]
         s = m - verdicts.count('as far as real')
         low, high = binomial_interval(s, m)
-        return '\n'.join([f"{m} synthetic · {self.n_train} training · {len(self.views[0].real)} {self.reference} real images · {self.version}", lines[0], '-' * len(lines[0]), *lines[1:], '',
+        return '\n'.join([f"{m} synthetic · {self.n_train} training · {len(self.views[0].real)} {self.reference} real images · {self.version}", text_table(rows), '',
                           ' · '.join(f'{verdicts.count(v)} {v}' for v in VERDICTS),
                           f"suspicious {s / m:.1%} [{low:.1%}, {high:.1%}] · of images that copy nothing at most {self.expected:.1%} · p = {self.p:.2g}",
                           'ALARM: ' + ('there are copies' if 'copy' in verdicts else 'more images are near than chance explains') if self.alarm else 'no alarm'])

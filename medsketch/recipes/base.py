@@ -67,6 +67,16 @@ class Recipe:
         if missing := [n for n in names if self.learned and n not in self.learned]:
             raise ValueError(f"these {self.name} weights hold no {missing[0]}: its stage was not trained, only that of {', '.join(sorted(self.learned))}")
 
+    def in_batches(self,
+                   n:int, # samples in all
+                   batch_size:int, # at a time
+                   draw, # draw(how many, number of the first) -> dict of tensors
+                  ) -> dict: # all of them
+        "Samples drawn a few at a time. Raises `ValueError` for none"
+        if n < 1: raise ValueError(f"n={n}: ask for at least one sample")
+        parts = [draw(min(batch_size, n - i), i) for i in range(0, n, batch_size)]
+        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
     @property
     def device(self): return next(next(iter(self.nets.values())).parameters()).device
 

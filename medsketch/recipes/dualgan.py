@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..batches import Batches
 from ..core import check_size, sample_grid
-from ..data import ImageData, load_images
+from ..data import ImageData, join, load_images
 from ..models.dcgan import DCDiscriminator, DCGenerator
 from ..models.patchgan import PatchDiscriminator
 from ..models.unet import UNetRenderer
@@ -122,13 +122,6 @@ def count_classes(
     "Mask classes with the background: as many as are named, or as the highest id tells"
     return max(2, len(data.classes or ()), 1 + max(int(data.masks[i].max()) for i in range(len(data))))
 
-# %% ../../nbs/recipes/33_dualgan.ipynb #14cae79b
-def _join(a, b):
-    "Two sets as one, for Stage II"
-    if b is None: return a
-    return ImageData(np.concatenate([np.asarray(a.images), np.asarray(b.images)]), np.concatenate([np.asarray(a.masks), np.asarray(b.masks)]),
-                     None, a.paths + b.paths, a.subjects + b.subjects, a.classes, a.colours)
-
 # %% ../../nbs/recipes/33_dualgan.ipynb #948c1668
 STAGES = ('mask', 'render')
 
@@ -210,7 +203,7 @@ class DualGAN(Recipe):
             left_out = stage not in stages
             if left_out and not (out and checkpoints(f'{out}/{stage}/checkpoints')): continue
             if stage == 'render' and not left_out: meta = meta | dict(more=more.fingerprint() if more else None)
-            batches = self._batches(data if stage == 'mask' else _join(data, more), c['seed'] + i, stage)
+            batches = self._batches(data if stage == 'mask' or more is None else join(data, more), c['seed'] + i, stage)
             common = dict(folder=f'{out}/{stage}' if out else None, meta=meta, every=every, progress=progress, seed=c['seed'] + i)
             getattr(self, f'_fit_{stage}')(batches, only_load=left_out, **common, **kwargs)
             if out: self.save(f'{out}/weights.safetensors')
@@ -266,10 +259,8 @@ class DualGAN(Recipe):
                batch_size:int=16, # drawn at a time
               ) -> dict: # image (n, C, H, W) in [-1, 1], if Stage II was trained; mask (n, H, W) int64
         "Draw masks from noise, and render them"
-        if n < 1: raise ValueError(f"n={n}: ask for at least one sample")
         self.need('G_M')
-        parts = [self._sample(self.noise(min(batch_size, n - i), seed, i)) for i in range(0, n, batch_size)]
-        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        return self.in_batches(n, batch_size, lambda count, first: self._sample(self.noise(count, seed, first)))
 
     def _sample(self, noise):
         mask = self._masks(self.nets['G_M'], noise)

@@ -159,10 +159,8 @@ class GAN(Recipe):
                **given, # what the variant can be asked for: ACGAN takes a `label`
               ) -> dict: # image (n, C, H, W) in [-1, 1]; ACGAN adds label (n,)
         "Draw images from noise"
-        if n < 1: raise ValueError(f"n={n}: ask for at least one sample")
         self.need('G')
-        parts = [self._sample(self.nets['G'], min(batch_size, n - i), seed, i, **given) for i in range(0, n, batch_size)]
-        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        return self.in_batches(n, batch_size, lambda count, first: self._sample(self.nets['G'], count, seed, first, **given))
 
     def _sample(self, G, n, seed, first=0, **given):
         given = self.given(n, seed, first, **given)
@@ -377,7 +375,7 @@ class PGGAN(GAN):
 
     @staticmethod
     def steps_each(steps:int, size:int) -> dict:
-        "Arguments that make it train for about so many batches, half of them at the last resolution"
+        "Arguments that make it train for so many batches, half of them or a few more at the last resolution"
         return dict(batches=SkrGAN.steps_each(steps, size)['batches'])
 
     def callbacks(self): return [self.fade]

@@ -188,6 +188,7 @@ class SkrGAN(Recipe):
         if steps < 1: raise ValueError(f"{steps} steps: at least 1 is needed")
         sizes = Growth(size).sizes
         table = {s: max(1, steps // 2 ** (len(sizes) - i)) for i, s in enumerate(sizes)}
+        table[sizes[-1]] = max(1, steps - sum(table[s] for s in sizes[:-1]))
         return dict(batches=table, render_steps=steps)
 
     def fit(self,
@@ -280,10 +281,8 @@ class SkrGAN(Recipe):
                batch_size:int=16, # drawn at a time
               ) -> dict: # sketch (n, 1, H, W) in [0, 1]; image (n, C, H, W) in [-1, 1], if the renderer was trained
         "Draw sketches from noise, and render them"
-        if n < 1: raise ValueError(f"n={n}: ask for at least one sample")
         self.need('G_S')
-        parts = [self._sample(self.noise(min(batch_size, n - i), seed, i)) for i in range(0, n, batch_size)]
-        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        return self.in_batches(n, batch_size, lambda count, first: self._sample(self.noise(count, seed, first)))
 
     def _sample(self, noise):
         sketch = self.nets['G_S'](noise).clamp(0, 1)
