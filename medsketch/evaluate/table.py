@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'FEATURES', 'least_images', 'check_metrics', 'score_images', 'floor_scores', 'Table', 'score_set']
 
-# %% ../../nbs/evaluate/48_table.ipynb #e72dc055
+# %% ../../nbs/evaluate/48_table.ipynb #10fb68f0
 import csv
 import io
 import warnings
@@ -21,7 +21,7 @@ from .distances import Score, bootstrap, feature_scores
 from .metrics import check_set, image_shape, ms_ssim_pairs, ms_ssim_sets, swd, take
 from .privacy import privacy_check
 
-# %% ../../nbs/evaluate/48_table.ipynb #d94d81cf
+# %% ../../nbs/evaluate/48_table.ipynb #4e5cec12
 METRICS = dict(  # name -> how it is headed in a table
     swd='SWD × 10³ ↓', ms_ssim='MS-SSIM ↑', diversity='MS-SSIM among synthetic (as real is best)', fid='FID ↓', kid='KID × 100 ↓',
     precision='precision ↑', recall='recall ↑', density='density (1 is best)', coverage='coverage ↑',
@@ -44,7 +44,7 @@ def check_metrics(
     if (need := [m for m in metrics if m in FEATURES]) and extractor is None: raise ValueError(f"{need[0]} needs a feature extractor: train_moco(images), inception() or thumbnails()")
     if 'continuity' in metrics and segmenter is None: raise ValueError("continuity needs a segmenter that finds the vessels, trained on real images")
 
-# %% ../../nbs/evaluate/48_table.ipynb #36d97ea6
+# %% ../../nbs/evaluate/48_table.ipynb #c4f245d6
 def _with_interval(name, score, real, fake, resamples, seed, note=''):
     "A score of two sets of images, and its interval over random halves of both"
     with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def score_images(
     if 'continuity' in metrics: found['continuity'] = _continuity(real, fake, segmenter, resamples, seed)
     return [s for m in metrics for s in (found[m] if isinstance(found[m], list) else [found[m]])]
 
-# %% ../../nbs/evaluate/48_table.ipynb #923092a9
+# %% ../../nbs/evaluate/48_table.ipynb #4b62de30
 def floor_scores(
     real:ImageData, # real images
     metrics=('swd', 'ms_ssim', 'fid'), # names
@@ -108,7 +108,7 @@ def floor_scores(
     if n < least_images(metrics): return []
     return score_images(a.subset(range(n)), b.subset(range(n)), [m for m in metrics if m != 'copies'], extractor, segmenter, resamples=resamples, seed=seed)
 
-# %% ../../nbs/evaluate/48_table.ipynb #74d1b599
+# %% ../../nbs/evaluate/48_table.ipynb #8a223e05
 @dataclass
 class Table:
     "Scores of several systems"
@@ -139,10 +139,10 @@ class Table:
         return float(np.mean(found)) if found else float('nan')
 
     def best(self, name:str): # a system's name, or None if the score says nothing about which end is better
-        "Who is first in a line, unless all are equal"
+        "Who is first in a line, if anybody is alone there"
         sign = 1 if '↓' in name else -1 if '↑' in name else 0
         ranked = sorted((sign * self.mean(s, name), s) for s in self.rows if self._of(s, name))
-        return ranked[0][1] if sign and ranked and ranked[0][0] < ranked[-1][0] else None
+        return ranked[0][1] if sign and len(ranked) > 1 and ranked[0][0] < ranked[1][0] else None
 
     def _cell(self, system, name):
         found = self._of(system, name)
@@ -162,7 +162,7 @@ class Table:
         "What every score was computed from"
         runs = {len(v) for v in self.rows.values()}
         how = '[95 % interval over random halves of the images]' if runs == {1} else 'mean ± standard deviation over trainings; where there was one, [95 % interval over halves of the images]'
-        out = [f"* first in its line · {how} · trainings: {', '.join(map(str, sorted(runs)))}"]
+        out = [f"{'* first in its line · ' if len(self.rows) > 1 else ''}{how} · trainings: {', '.join(map(str, sorted(runs)))}"]
         for name in self.names:
             s, counts = self._all(name)[0], {(s.n_real, s.n_fake) for k in self.rows for s in self._of(k, name)}
             n = ', '.join(f'{a} real, {b} synthetic' for a, b in sorted(counts))
@@ -179,7 +179,7 @@ class Table:
         lines = [[c.replace('|', '\\|').replace('*', '**') if c.endswith('*') else c for c in line] for line in self.cells()]
         strong = lambda c: f'**{c[:-3]}**' if c.endswith(' **') else c
         rows = ['| ' + ' | '.join(map(strong, line)) + ' |' for line in lines]
-        return '\n'.join([*([f'**{self.title}**', ''] if self.title else []), rows[0], '|' + '---|' * len(lines[0]), *rows[1:], '', *(f'- {n.removeprefix("* ")}' if i else f'- bold: {n[2:]}' for i, n in enumerate(self.notes()))])
+        return '\n'.join([*([f'**{self.title}**', ''] if self.title else []), rows[0], '|' + '---|' * len(lines[0]), *rows[1:], '', *(f'- {n.removeprefix("* ")}' if i else f'- {n}'.replace('* first', 'bold: first') for i, n in enumerate(self.notes()))])
 
     def csv(self) -> str:
         "For a program: a line per number, unrounded"
@@ -192,7 +192,7 @@ class Table:
 
     def __str__(self): return self.text()
 
-# %% ../../nbs/evaluate/48_table.ipynb #4bd27049
+# %% ../../nbs/evaluate/48_table.ipynb #1a88b1ef
 def score_set(
     real:ImageData, # real images
     fake, # (M, C, S, S) synthetic images in [-1, 1], or an `ImageData`
