@@ -6,7 +6,7 @@
 __all__ = ['SC_IMAGE', 'SCORED', 'FORMATS', 'LICENCES', 'chunk_seed', 'draw', 'secondary_capture', 'Plan', 'write_sample',
            'written', 'set_scores', 'Exported', 'export_dataset']
 
-# %% ../nbs/59_export.ipynb #ccd98b60
+# %% ../nbs/59_export.ipynb #6a4c94fd
 import hashlib
 import io
 import json
@@ -31,7 +31,7 @@ from .evaluate.metrics import check_images
 from .evaluate.privacy import VERDICTS, Privacy, privacy_check
 from .evaluate.table import Table, least_images, score_set
 
-# %% ../nbs/59_export.ipynb #6bc57ff3
+# %% ../nbs/59_export.ipynb #6cc4b73a
 def chunk_seed(
     seed:int, # of the set
     k:int, # which chunk
@@ -54,7 +54,7 @@ def draw(
     if 'mask' in batch and not 0 <= batch['mask'].min() <= batch['mask'].max() <= 255: raise ValueError(f"{name} drew masks with class ids outside 0 ... 255")
     return batch
 
-# %% ../nbs/59_export.ipynb #559cf96b
+# %% ../nbs/59_export.ipynb #c759d4ae
 SC_IMAGE = '1.2.840.10008.5.1.4.1.1.7' # SOP class: Secondary Capture Image Storage (PS3.4, Annex B.5)
 
 def _pydicom():
@@ -98,7 +98,7 @@ def secondary_capture(
     ds.file_meta.TransferSyntaxUID = dicom.uid.ExplicitVRLittleEndian
     return ds
 
-# %% ../nbs/59_export.ipynb #a788768a
+# %% ../nbs/59_export.ipynb #25a5ed1b
 @dataclass(frozen=True)
 class Plan:
     "What is exported, and how. Two exports with the same plan hold the same files"
@@ -151,7 +151,7 @@ def write_sample(
         if isinstance(names, dict): line['label_name'] = list(names)[line['label']]
     return line
 
-# %% ../nbs/59_export.ipynb #d314df4b
+# %% ../nbs/59_export.ipynb #67b90482
 def _open_set(out, plan):
     "Make the folder and its export.json, or check that what is there is this very set. Raises `ValueError` if not"
     out, path = Path(out), Path(out)/'export.json'
@@ -202,7 +202,7 @@ def written(
     with open(out/plan.top/'metadata.jsonl', encoding='utf-8') as f:
         while lines := list(islice(f, chunk)): yield torch.stack([one(json.loads(line)) for line in lines])
 
-# %% ../nbs/59_export.ipynb #4e7e0e6f
+# %% ../nbs/59_export.ipynb #b982092f
 SCORED = 200 # images at most
 
 def set_scores(
@@ -217,7 +217,7 @@ def set_scores(
     metrics = [m for m in ('swd', 'ms_ssim', 'fid') if min(n, len(fake)) >= least_images([m])]
     return score_set(real, ImageData(fake), 'synthetic', metrics, extractor or thumbnails(), seed=seed) if metrics else None
 
-# %% ../nbs/59_export.ipynb #196d35b2
+# %% ../nbs/59_export.ipynb #c4c5d974
 FORMATS = {'folder': 'PNG', 'hf': 'PNG, in the `imagefolder` layout of Hugging Face', 'dicom': 'DICOM Secondary Capture, Synthetic Data (0008,001C) = YES; sketches and masks as PNG'}
 
 def _verdict(privacy):
@@ -281,7 +281,7 @@ def _privacy_part(privacy, code):
     rows = [f"| {r['image']} | {r['verdict']} | {r['view']} | {r['distance']:.3g} | {r['limit']:.3g} | {r['ratio']:.2f} |" for r in privacy.worst(5)]
     return [code(privacy.table()), 'The nearest cases, by index in the set; *ratio* is the distance over the median of real images:', '\n'.join(['| image | verdict | view | distance | limit | ratio |', '|---|---|---|---|---|---|', *rows])]
 
-# %% ../nbs/59_export.ipynb #ad4d0483
+# %% ../nbs/59_export.ipynb #e6369d84
 @dataclass(frozen=True)
 class Exported:
     "A finished set"

@@ -271,7 +271,7 @@ def made_up(**more):
 def test_the_table_says_spread_differences_budget_and_what_the_paper_says():
     r = made_up(paper={'real': {'sensitivity': .7781}})
     text = r.table()
-    for part in ('0.6000 ± 0.1000', '+0.1000 [+0.1000, +0.1000]', '4 synthetic + 5 real', '0.7781', '3 seeds (0, 1, 2)', 'the whole image', 'single training each'): assert part in text
+    for part in ('0.6000 ± 0.1000', '+0.1000 [+0.1000, +0.1000]', '4 synthetic + 5 real', '0.7781', '3 seeds (0, 1, 2)', 'the whole image', 'without a spread'): assert part in text
     rows = [line for line in r.table('markdown').splitlines() if line.startswith('|')]
     assert len({line.count('|') for line in rows}) == 1 and len(rows) == 6
     lines = list(csv.DictReader(io.StringIO(r.table('csv'))))

@@ -304,7 +304,7 @@ def test_scores_tell_a_good_generator_from_a_bad_one(tmp_path):
 def test_an_extractor_that_is_passed_in_is_used_and_named(tmp_path):
     mean = Extractor(lambda x: x.mean((2, 3)).repeat(1, 3) + torch.arange(3) * x.std((1, 2, 3))[:, None], 'mean colour', device='cpu')
     made = export_dataset(Painter(), 12, tmp_path/'set', train=pictures(), held=pictures(seed=5), extractor=mean, progress=False)
-    assert 'mean colour' in [v.name for v in made.privacy.views] and made.scores.rows['synthetic'][0][2].extractor == 'mean colour'
+    assert 'mean colour' in [v.name for v in made.privacy.views] and made.scores.rows['synthetic'][0][2].extractor == 'mean colour on 16 px'
     assert re.search('FID ↓: 12 real, 12 synthetic .*· mean colour', made.datasheet.read_text('utf-8'))
 
 

@@ -241,7 +241,7 @@ def test_scores_name_what_they_are():
     scores = feature_scores(pictures(20), pictures(24, seed=1), small, resamples=20)
     assert [s.name.split(' (')[0] for s in scores] == ['FID', 'KID × 100', 'precision', 'recall', 'density', 'coverage']
     for s in scores:
-        assert (s.extractor, s.n_real, s.n_fake) == (small.name, 20, 24) and s.low <= s.value <= s.high
+        assert (s.extractor, s.n_real, s.n_fake) == (f"{small.name} on {pictures(1).shape[-1]} px", 20, 24) and s.low <= s.value <= s.high
         assert 'medsketch' in s.version and small.name in str(s) and '20 real' in str(s)
     assert 'subsets of 10' in scores[1].note and scores[1].sd > 0
     assert all(0 <= s.low and s.high <= 1 for s in scores if s.name.startswith(('precision', 'recall', 'coverage')))

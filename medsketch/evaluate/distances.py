@@ -6,7 +6,7 @@
 __all__ = ['fid', 'kid', 'prdc', 'grey_histograms', 'orientation_histograms', 'width_histograms', 'kl_divergence', 'bootstrap',
            'Score', 'score_table', 'feature_scores', 'fid_score']
 
-# %% ../../nbs/evaluate/43_distances.ipynb #a8214ba4
+# %% ../../nbs/evaluate/43_distances.ipynb #e631fbff
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from ..core import text_table, to_uint8, torch_rng
 from .features import Extractor, FeatureStats, check_features, check_shapes, seen_shape
 from .metrics import image_batches
 
-# %% ../../nbs/evaluate/43_distances.ipynb #dd786db1
+# %% ../../nbs/evaluate/43_distances.ipynb #9c8747e4
 def _moments(
     x, # (N, d) features, or `FeatureStats`
     name:str, # what to call it in an error
@@ -53,7 +53,7 @@ def fid(
     nuclear = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
     return max(((m1 - m2).square().sum() + t1 + t2 - 2 * nuclear).item(), 0.)
 
-# %% ../../nbs/evaluate/43_distances.ipynb #5bfd5f6c
+# %% ../../nbs/evaluate/43_distances.ipynb #402a7e46
 def kid(
     real:torch.Tensor, # (N, d) features of real images, N at least 4
     fake:torch.Tensor, # (M, d) features of synthetic images
@@ -84,7 +84,7 @@ def _kernel_sums(x, y, u, v, diagonal=True, rows=1024):
         total += ((u[:, i:i + rows] @ k) * v).sum(1)
     return total
 
-# %% ../../nbs/evaluate/43_distances.ipynb #2c5eb202
+# %% ../../nbs/evaluate/43_distances.ipynb #67c9d2d8
 def _knn_radii(x, k, rows=1024):
     "Distance of each point to its k-th nearest neighbour in the same set"
     def radius(i):
@@ -113,7 +113,7 @@ def prdc(
     mean = lambda v: torch.cat(v).double().mean().item()
     return dict(precision=(inside > 0).double().mean().item(), recall=mean(recalled), density=inside.mean().item() / k, coverage=mean(covered))
 
-# %% ../../nbs/evaluate/43_distances.ipynb #b54d40bb
+# %% ../../nbs/evaluate/43_distances.ipynb #5f5045a5
 def _normalised(counts):
     "Rows (N, bins) to sum 1; an empty row stays empty"
     if not counts: raise ValueError("there are no images to take histograms of")
@@ -153,7 +153,7 @@ def width_histograms(
     if not len(masks): raise ValueError("there are no masks")
     return _normalised([one(m) for m in masks])
 
-# %% ../../nbs/evaluate/43_distances.ipynb #070c83ee
+# %% ../../nbs/evaluate/43_distances.ipynb #34e4e43c
 def kl_divergence(
     real:torch.Tensor, # (N, bins) histograms of real images or masks, or (bins,) of all of them
     fake:torch.Tensor, # (M, bins) histograms of synthetic ones, same bins
@@ -172,7 +172,7 @@ def kl_divergence(
     if len(p) != len(q): raise ValueError(f"real has {len(p)} bins and fake {len(q)}")
     return max((torch.xlogy(p, p) - torch.xlogy(p, q)).sum().item(), 0.) # an empty bin of p adds nothing
 
-# %% ../../nbs/evaluate/43_distances.ipynb #452afd6f
+# %% ../../nbs/evaluate/43_distances.ipynb #a4ffabe0
 def bootstrap(
     score, # score(*sets) -> float, or a list of floats
     *sets, # tensors with one row per image; each is resampled on its own
@@ -190,7 +190,7 @@ def bootstrap(
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0) + (np.array(score(*sets)) - drawn.mean(0))
     return low.tolist(), high.tolist()
 
-# %% ../../nbs/evaluate/43_distances.ipynb #e4e1c57f
+# %% ../../nbs/evaluate/43_distances.ipynb #f9d402b0
 @dataclass(frozen=True)
 class Score:
     "A number, its interval, and what it was computed from"
@@ -235,7 +235,7 @@ def score_table(
         feet.append(f"{name}: " + ' · '.join(filter(None, (n, s.extractor, *notes, s.version))))
     return '\n'.join([text_table(lines), '', *feet])
 
-# %% ../../nbs/evaluate/43_distances.ipynb #0982eb33
+# %% ../../nbs/evaluate/43_distances.ipynb #fa9f773b
 def feature_scores(
     real, # images, as for `image_batches`
     fake, # images
@@ -252,7 +252,7 @@ def feature_scores(
     check_shapes(*(seen for seen, _ in sets.values()))
     least = 2 * (k + 1) if resamples else max(4, k + 1)
     for v, name in ((x, 'real'), (y, 'fake')): check_features(v, name, least)
-    kernel = kid(x, y, subsets, rng=seed)
+    kernel, of = kid(x, y, subsets, rng=seed), f"{extractor.name} on {sets['real'][0].shape[-1]} px"
     whole = lambda a, b: [fid(a, b), kid(a, b, 1, min(len(a), len(b)), rng=0)['kid'], *prdc(a, b, k).values()]
     values = np.array(whole(x, y))
     low, high = np.array(bootstrap(whole, x, y, resamples=resamples, seed=seed) if resamples else [values * np.nan] * 2)
@@ -260,7 +260,7 @@ def feature_scores(
     low, high = low.clip([0, -np.inf, 0, 0, 0, 0]), high.clip(max=[np.inf, np.inf, 1, 1, np.inf, 1])  # where the scores end
     names = ('FID', 'KID × 100', *(f'{n} (k = {k})' for n in ('precision', 'recall', 'density', 'coverage')))
     extra = [{}, dict(sd=kernel['sd'], note=f"{subsets} subsets of {kernel['size']}"), {}, {}, {}, {}]
-    return [Score(float(v), n, extractor.name, len(x), len(y), float(l), float(h), **e) for v, n, l, h, e in zip(values, names, low, high, extra)]
+    return [Score(float(v), n, of, len(x), len(y), float(l), float(h), **e) for v, n, l, h, e in zip(values, names, low, high, extra)]
 
 def fid_score(
     real:FeatureStats, # of the real images
@@ -268,4 +268,4 @@ def fid_score(
 ) -> Score: # without interval
     "FID of streamed statistics, labelled. Raises `ValueError` for statistics that name no extractor, or two"
     if not real.extractor or not fake.extractor: raise ValueError("statistics without an extractor's name cannot be labelled: pass it to FeatureStats")
-    return Score(fid(real, fake), 'FID', real.extractor, real.n, fake.n)
+    return Score(fid(real, fake), 'FID', real.extractor + (f' on {real.shape[-1]} px' if real.shape else ''), real.n, fake.n)

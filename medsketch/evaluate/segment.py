@@ -280,7 +280,7 @@ def with_masks(
     data:ImageData, # photographs nobody has labelled
     segmenter:Segmenter, # trained on labelled ones
 ) -> ImageData: # the same photographs with the segmenter's masks
-    "Masks for unlabelled images (dual-GAN paper, §V)"
+    "Masks for unlabelled images (dual-GAN paper, §IV)"
     masks = segmenter.segment(data).numpy().astype(np.uint8)
     names = data.classes if data.classes and len(data.classes) == segmenter.config['classes'] else None
     names = names or ('background', *(['foreground'] if segmenter.config['classes'] == 2 else [f'class {i}' for i in range(1, segmenter.config['classes'])]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'FEATURES', 'least_images', 'check_metrics', 'score_images', 'floor_scores', 'Table', 'score_set']
 
-# %% ../../nbs/evaluate/48_table.ipynb #10fb68f0
+# %% ../../nbs/evaluate/48_table.ipynb #84cfd096
 import csv
 import io
 import warnings
@@ -21,7 +21,7 @@ from .distances import Score, bootstrap, feature_scores
 from .metrics import check_set, image_shape, ms_ssim_pairs, ms_ssim_sets, swd, take
 from .privacy import privacy_check
 
-# %% ../../nbs/evaluate/48_table.ipynb #4e5cec12
+# %% ../../nbs/evaluate/48_table.ipynb #a196ea34
 METRICS = dict(  # name -> how it is headed in a table
     swd='SWD × 10³ ↓', ms_ssim='MS-SSIM ↑', diversity='MS-SSIM among synthetic (as real is best)', fid='FID ↓', kid='KID × 100 ↓',
     precision='precision ↑', recall='recall ↑', density='density (1 is best)', coverage='coverage ↑',
@@ -44,7 +44,7 @@ def check_metrics(
     if (need := [m for m in metrics if m in FEATURES]) and extractor is None: raise ValueError(f"{need[0]} needs a feature extractor: train_moco(images), inception() or thumbnails()")
     if 'continuity' in metrics and segmenter is None: raise ValueError("continuity needs a segmenter that finds the vessels, trained on real images")
 
-# %% ../../nbs/evaluate/48_table.ipynb #c4f245d6
+# %% ../../nbs/evaluate/48_table.ipynb #1110bb38
 def _with_interval(name, score, real, fake, resamples, seed, note=''):
     "A score of two sets of images, and its interval over random halves of both"
     with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def score_images(
     if 'continuity' in metrics: found['continuity'] = _continuity(real, fake, segmenter, resamples, seed)
     return [s for m in metrics for s in (found[m] if isinstance(found[m], list) else [found[m]])]
 
-# %% ../../nbs/evaluate/48_table.ipynb #4b62de30
+# %% ../../nbs/evaluate/48_table.ipynb #12fe2450
 def floor_scores(
     real:ImageData, # real images
     metrics=('swd', 'ms_ssim', 'fid'), # names
@@ -106,9 +106,10 @@ def floor_scores(
     a, b = split_by_subject(real, (.5, .5), seed=seed)
     n = min(len(a), len(b), most)
     if n < least_images(metrics): return []
-    return score_images(a.subset(range(n)), b.subset(range(n)), [m for m in metrics if m != 'copies'], extractor, segmenter, resamples=resamples, seed=seed)
+    some = lambda v, k: take(v, torch.randperm(len(v), generator=torch_rng(seed, k))[:n].sort().values)
+    return score_images(some(a, 0), some(b, 1), [m for m in metrics if m != 'copies'], extractor, segmenter, resamples=resamples, seed=seed)
 
-# %% ../../nbs/evaluate/48_table.ipynb #8a223e05
+# %% ../../nbs/evaluate/48_table.ipynb #b45083e6
 @dataclass
 class Table:
     "Scores of several systems"
@@ -192,7 +193,7 @@ class Table:
 
     def __str__(self): return self.text()
 
-# %% ../../nbs/evaluate/48_table.ipynb #1a88b1ef
+# %% ../../nbs/evaluate/48_table.ipynb #a8deee6b
 def score_set(
     real:ImageData, # real images
     fake, # (M, C, S, S) synthetic images in [-1, 1], or an `ImageData`
@@ -207,5 +208,6 @@ def score_set(
     n, least = min(len(real) // 2, len(fake)), least_images(metrics)
     if n < least: raise ValueError(f"{len(real)} real and {len(fake)} generated images are too few to score: for {', '.join(metrics)} at least {2 * least} and {least} are needed")
     how = dict(extractor=extractor, segmenter=segmenter, resamples=resamples, seed=seed)
-    found = score_images(real, take(check_set(fake, 'fake'), range(n)), metrics, train=real, **how)
+    fake = check_set(fake, 'fake')
+    found = score_images(real, take(fake, torch.randperm(len(fake), generator=torch_rng(seed, 2))[:n].sort().values), metrics, train=real, **how)
     return Table({name: [found]}, floor_scores(real, metrics, most=n, **how), f'{n} generated against as many real images of {real.size} px (of {len(fake)} and {len(real)})')
