@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from medsketch.data import ImageData, phantom_data
+from medsketch.evaluate import table
 from medsketch.evaluate.compare import compare, make_recipe, settings_for
 from medsketch.evaluate.distances import Score
 from medsketch.evaluate.features import thumbnails
@@ -159,3 +160,12 @@ def test_nan_and_mixed_sizes_are_refused(eyes):
     for m in ('swd', 'ms_ssim', 'fid'):
         with pytest.raises(ValueError, match='NaN'): score_images(real, bad, (m,), thumbnails(), resamples=0)
         with pytest.raises(ValueError, match='size'): score_images(real, real[..., :16, :16], (m,), thumbnails(4), resamples=0)
+
+
+def test_the_floor_of_a_folder_sorted_by_class_has_both_classes(monkeypatch):
+    sick = np.repeat([0, 255], 60).astype(np.uint8)
+    ds, seen = ImageData(np.broadcast_to(sick[:, None, None, None], (120, 1, 16, 16)).copy()), []
+    monkeypatch.setattr(table, 'score_images', lambda a, b, *args, **kwargs: seen.extend((a, b)) or [])
+    floor_scores(ds, ('swd',), most=20)
+    for half in seen: assert len(half) == 20 and 3 < (half.images[:, 0, 0, 0] == 255).sum() < 17
+    assert not set(seen[0].subjects) & set(seen[1].subjects)
