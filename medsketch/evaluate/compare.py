@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['settings_for', 'make_recipe', 'figure_of', 'compare', 'write_table']
 
-# %% ../../nbs/evaluate/49_compare.ipynb #dc152fd6
+# %% ../../nbs/evaluate/49_compare.ipynb #ac671779
 import inspect
 import json
 import time
@@ -23,7 +23,7 @@ from .moco import features_by_name, load_moco, train_moco
 from .table import FEATURES, Table, check_metrics, floor_scores, least_images, score_images
 from ..recipes.base import recipe_class
 
-# %% ../../nbs/evaluate/49_compare.ipynb #f050dc05
+# %% ../../nbs/evaluate/49_compare.ipynb #b0dbe735
 def settings_for(
     name:str, # a recipe's
     settings:dict, # {argument: value} for all recipes that have it, {'recipe.argument': value} for one
@@ -52,7 +52,7 @@ def make_recipe(
     config |= told  # who passes a schedule of their own answers for the budget
     return cls(**config)
 
-# %% ../../nbs/evaluate/49_compare.ipynb #a3b4a346
+# %% ../../nbs/evaluate/49_compare.ipynb #ce4f473e
 def _extractor(features, data, folder, steps):
     "The extractor asked for by name; MoCo is trained once and kept"
     if isinstance(features, Extractor): return features
@@ -60,7 +60,7 @@ def _extractor(features, data, folder, steps):
     if (folder/'weights.safetensors').exists(): return load_moco(folder)
     return train_moco(data, folder, steps=steps, width=.5, progress=False)
 
-# %% ../../nbs/evaluate/49_compare.ipynb #c38ded60
+# %% ../../nbs/evaluate/49_compare.ipynb #ae3a5ba8
 def _write(path, text):
     try:
         with atomic_write(path, 'w') as f: f.write(text)
@@ -94,7 +94,7 @@ def figure_of(
                 axes[i, j].imshow(a.squeeze(), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
     return fig
 
-# %% ../../nbs/evaluate/49_compare.ipynb #e64c5fbd
+# %% ../../nbs/evaluate/49_compare.ipynb #3e5c2765
 def _train_and_score(recipe, run, data, draw, of, score, every, precision, progress, say):
     "One system, one seed: its samples, and its scores, kept or new"
     start, before = time.monotonic(), _seconds(run)
