@@ -6,7 +6,7 @@
 __all__ = ['check_images', 'check_shape', 'check_pair', 'image_batches', 'check_set', 'take', 'image_shape', 'ms_ssim',
            'ms_ssim_sets', 'ms_ssim_pairs', 'laplacian_pyramid', 'cut_patches', 'standardise', 'sliced_distance', 'swd']
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #7611dd39
+# %% ../../nbs/evaluate/40_metrics.ipynb #fe341d43
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
@@ -19,7 +19,7 @@ import torch
 from ..core import check_size, torch_rng
 from ..data import ImageData
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #21d2d720
+# %% ../../nbs/evaluate/40_metrics.ipynb #8337b94a
 def check_images(
     x:torch.Tensor, # what should be an image batch
     name:str, # what to call it in an error
@@ -55,7 +55,7 @@ def check_pair(
     check_shape(x.shape[1:], y.shape[1:], names)
     return x, y
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #66439307
+# %% ../../nbs/evaluate/40_metrics.ipynb #95a8d70b
 def image_batches(
     images, # (N, C, H, W) in [-1, 1], an `ImageData`, or a finite iterable of batches (tensors, or dicts with 'image')
     chunk:int=16, # images at a time
@@ -75,7 +75,7 @@ def image_batches(
             raise ValueError(f"{name}: one set holds images {tuple(first)} and {tuple(batch.shape[1:])}; bring them to one size and number of channels")
         yield from batch.split(chunk)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #eab060cc
+# %% ../../nbs/evaluate/40_metrics.ipynb #0195e84b
 def check_set(
     images, # what should be (N, C, H, W) in [-1, 1], or an `ImageData`
     name:str, # what to call it in an error
@@ -99,7 +99,7 @@ def image_shape(
     "What every image of a set is like"
     return tuple((images.images if isinstance(images, ImageData) else images).shape[1:])
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #02aef03a
+# %% ../../nbs/evaluate/40_metrics.ipynb #db0e8d31
 _WEIGHTS = (.0448, .2856, .3001, .2363, .1333)
 
 def _scales(
@@ -112,7 +112,7 @@ def _scales(
     if n < 5: warnings.warn(f"MS-SSIM at {side} px uses {n} of its 5 scales: compare it only with scores at {side} px", stacklevel=level)
     return tuple(w / sum(_WEIGHTS[:n]) for w in _WEIGHTS[:n]) if n < 5 else _WEIGHTS
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #db0eb57d
+# %% ../../nbs/evaluate/40_metrics.ipynb #d77fe40f
 _WINDOW = cv2.getGaussianKernel(11, 1.5, cv2.CV_32F)
 _C1, _C2 = .01**2, .03**2
 
@@ -165,7 +165,7 @@ def ms_ssim(
     if not found: raise ValueError("there are no images to compare")
     return sum(found) / len(found)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #070ef116
+# %% ../../nbs/evaluate/40_metrics.ipynb #33ada155
 def _shuffled(
     n:int, # images
     k:int, # indices wanted
@@ -206,7 +206,7 @@ def ms_ssim_pairs(
     j = (i + torch.randint(1, len(x), (n_pairs,), generator=rng)) % len(x)
     return _ms_ssim_of_rows(x, i, x, j)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #48b96d48
+# %% ../../nbs/evaluate/40_metrics.ipynb #e60dee8a
 def laplacian_pyramid(
     pixels:np.ndarray, # (H, W, C) uint8 image, sides powers of two
     least:int=16, # side of the coarsest level, pixels
@@ -219,7 +219,7 @@ def laplacian_pyramid(
         levels.append(small.reshape(*small.shape[:2], -1))
     return levels
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #5e26a8ba
+# %% ../../nbs/evaluate/40_metrics.ipynb #ce0f2af1
 def cut_patches(
     level:np.ndarray, # (H, W, C) float32 level of a pyramid
     y:np.ndarray, # (n,) rows of the centres, 3 ... H - 4
@@ -237,7 +237,7 @@ def standardise(
     out /= np.where(sd > 1e-3, sd, 1).astype(np.float32)[:, None, None]
     return out.reshape(len(out), -1)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #98f16a5b
+# %% ../../nbs/evaluate/40_metrics.ipynb #86186623
 def sliced_distance(
     a:np.ndarray, # (n, d) float32 points of one set
     b:np.ndarray, # (n, d) float32 points of the other
@@ -247,20 +247,19 @@ def sliced_distance(
 ) -> float: # >= 0
     "Sliced Wasserstein-1 distance of two clouds of equally many points. Raises `ValueError`"
     if a.shape != b.shape or not a.size: raise ValueError(f"clouds are {a.shape} and {b.shape}; both must hold as many points (n, d), and at least one")
-    def sorted_along(d, points):
-        along = d @ points.T
-        along.sort(1)
-        return along
     total = 0.
-    with ThreadPoolExecutor(min(2, torch.get_num_threads())) as pool:  # NumPy sorts outside Python's lock
+    with ThreadPoolExecutor(min(2, torch.get_num_threads())) as pool:  # NumPy works outside Python's lock
         for _ in range(repeats):
             d = rng.normal(size=(a.shape[1], directions))
             d = (d / np.linalg.norm(d, axis=0)).astype(np.float32).T
-            x, y = pool.map(sorted_along, (d, d), (a, b))
-            total += np.abs(np.subtract(x, y, out=x), out=x).mean(dtype=np.float64)
+            x, y = pool.map(lambda points: d @ points.T, (a, b))
+            low, high = np.minimum(x.min(1), y.min(1))[:, None], np.maximum(x.max(1), y.max(1))[:, None]
+            step = np.maximum((high - low) / 65535, 1e-12)
+            x, y = pool.map(lambda along: np.sort(np.rint((along - low) / step).astype(np.uint16), 1, kind='stable'), (x, y))
+            total += (np.abs(x.astype(np.int32) - y).mean(1) * step[:, 0]).mean()
     return float(total / repeats)
 
-# %% ../../nbs/evaluate/40_metrics.ipynb #29caddfd
+# %% ../../nbs/evaluate/40_metrics.ipynb #ebb033f3
 def _set_patches(
     images, # square images, as for `image_batches`
     rng, # `np.random` generator for the places
