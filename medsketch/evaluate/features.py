@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import default_device, keep_memory, to_uint8
-from .metrics import image_batches
+from .metrics import check_shape, image_batches
 
 # %% ../../nbs/evaluate/41_features.ipynb #27f9cf69
 class Extractor:
@@ -161,8 +161,7 @@ def check_shapes(
     fake, # the same
 ):
     "Refuse to compare features of images of two sizes. Raises `ValueError`"
-    if real.shape and fake.shape and real.shape != fake.shape:
-        raise ValueError(f"real images are {real.shape} and fake images {fake.shape}; bring them to one size and number of channels")
+    if real.shape and fake.shape: check_shape(real.shape, fake.shape, ('real', 'fake'))
 
 def feature_stats(
     extractor, # an `Extractor`
