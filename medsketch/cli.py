@@ -34,6 +34,7 @@ from .export import FORMATS, export_dataset
 from .phantoms import PHANTOMS
 from .pretrained import PRETRAINED, load, pack, pretrain as pretrain_one
 from .recipes import recipe_class
+from .train.trainer import make_accelerator
 from .sketch import METHODS, STYLES, get_style, read_sketch, sketch_file
 
 # %% ../nbs/60_cli.ipynb #7bcb7ae1
@@ -124,15 +125,16 @@ def train(recipe:str=typer.Argument(help="skrgan"),
     if steps is not None: settings |= cls.steps_each(steps, settings['size'])
     if odd := settings.keys() - known.keys(): raise ValueError(f"recipe {recipe} has no argument {odd.pop()!r}; there are: {', '.join(known)}")
     check_size(settings['size'])
-    if (out/'config.json').exists() and not resume: raise ValueError(f"{out} holds a run already: add --resume to go on, or choose another --out")
+    first = make_accelerator().is_main_process  # of several that train together
+    if first and (out/'config.json').exists() and not resume: raise ValueError(f"{out} holds a run already: add --resume to go on, or choose another --out")
     ds = _load(data, settings['size'], channels)
-    _report(ds.skipped)
+    if first: _report(ds.skipped)
     r = cls(**(settings | dict(channels=ds.channels)))
-    print(f'{recipe} on {len(ds)} images of {ds.size} px, {ds.channels} channels, on {default_device()}')
+    if first: print(f'{recipe} on {len(ds)} images of {ds.size} px, {ds.channels} channels, on {default_device()}')
     some = dict(stages=stages.split(',')) if stages else {}
     if some and 'stages' not in inspect.signature(r.fit).parameters: raise ValueError(f"recipe {recipe} has no stages; leave --stages out")
     r.fit(ds, out, resume=resume, every=every, mixed_precision=precision, **some)
-    print(f'trained: {out}/weights.safetensors; draw from it with `medsketch sample {out} --n 100 --out DIR`')
+    if first: print(f'trained: {out}/weights.safetensors; draw from it with `medsketch sample {out} --n 100 --out DIR`')
 
 # %% ../nbs/60_cli.ipynb #a460453f
 def _write_image(folder, name, x):

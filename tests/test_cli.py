@@ -143,6 +143,17 @@ def test_resume_goes_on_and_a_second_start_is_refused(medsketch, photos, trained
     assert (trained / "weights.safetensors").read_bytes() == before  # nothing was left to do
 
 
+def test_a_launcher_trains_on_two_processes_as_on_one(photos, tmp_path):
+    "The line of the command page; without a GPU too"
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    line = [sys.executable, "-c", "from medsketch.cli import main; main()", *f"train dcgan --data {photos} --out {tmp_path}/run --scale tour --steps 20 --set batch_size=2".split()]
+    done = subprocess.run(run + line, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained: ") == 1 and (tmp_path / "run/weights.safetensors").exists()
+    log = (tmp_path / "run/gan/log.csv").read_text().splitlines()
+    assert [x.split(",")[:2] for x in log[1:]] == [["10", "40"], ["20", "80"]]  # steps and images
+
+
 def test_bad_files_among_good_ones_are_listed(medsketch, photos, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()

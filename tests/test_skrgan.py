@@ -559,6 +559,7 @@ def test_batches_are_the_same_for_one_seed(data):
 
 def rank(i, port, out, data):
     os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    if not torch.cuda.is_available(): del os.environ['ACCELERATE_USE_CPU']  # as a launcher would leave it
     AcceleratorState._reset_state(reset_partial_state=True)
     r = tiny(batch_size=2).fit(data, out/'run', resume=False, every=4, progress=False)
     r.save(out/f'{i}.safetensors')
@@ -566,7 +567,7 @@ def rank(i, port, out, data):
 
 
 def test_two_processes(data, tmp_path):
-    "They share one new folder, and end with the same generators"
+    "They share one new folder and the batches, and end with the same generators"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -574,5 +575,6 @@ def test_two_processes(data, tmp_path):
     a, b = (load_file(tmp_path/f'{i}.safetensors') for i in range(2))
     params = {f'{k}.{n}' for k, net in tiny().nets.items() for n, _ in net.named_parameters()}
     for k in a.keys() & params: assert torch.equal(a[k], b[k]), k
+    assert all(int(r['images']) == int(r['step']) * 2 * 2 for log in (tmp_path/'run').rglob('log.csv') for r in rows(log))
     assert (tmp_path/'run'/'joint'/'checkpoints'/'000007.pt').exists()
     assert not list(tmp_path.rglob('*.tmp'))

@@ -19,7 +19,7 @@ from ..data import ImageData, join, load_images
 from ..models.dcgan import DCDiscriminator, DCGenerator
 from ..models.patchgan import PatchDiscriminator
 from ..models.unet import UNetRenderer
-from .base import Recipe, open_run
+from .base import Recipe, open_run, save_run
 from .skrgan import AUGMENT, RenderLosses, SkrGAN
 from ..train.callbacks import checkpoints
 from ..train.losses import logistic_d, logistic_g, r1_penalty
@@ -206,7 +206,7 @@ class DualGAN(Recipe):
             batches = self._batches(data if stage == 'mask' or more is None else join(data, more), c['seed'] + i, stage)
             common = dict(folder=f'{out}/{stage}' if out else None, meta=meta, every=every, progress=progress, seed=c['seed'] + i)
             getattr(self, f'_fit_{stage}')(batches, only_load=left_out, **common, **kwargs)
-            if out: self.save(f'{out}/weights.safetensors')
+            if out: save_run(self, out)
         return self
 
     def _know(self, *sets):

@@ -20,7 +20,7 @@ from ..core import check_size, sample_grid, torch_rng
 from ..data import ImageData
 from ..models.dcgan import DCDiscriminator, DCGenerator
 from ..models.pggan import PGDiscriminator, PGGenerator
-from .base import Recipe, as_data, open_run, train_stage
+from .base import Recipe, as_data, open_run, save_run, train_stage
 from .skrgan import AUGMENT, SkrGAN
 from ..train.callbacks import Ema, Fade
 from ..train.growth import Growth, grow_reals
@@ -137,7 +137,7 @@ class GAN(Recipe):
             self.learned |= set(self.nets)
             self.nets['G'].load_state_dict(self.ema.nets['G'].state_dict())
             for n in self.nets.values(): n.eval()
-        if out: self.save(f'{out}/weights.safetensors')
+        if out: save_run(self, out)
         return self
 
     def _draw(self): return sample_grid(self._sample(self.ema.nets['G'], 16, 0))

@@ -19,7 +19,7 @@ from ..drafts import add_drafts, edit, wobble
 from ..models.patchgan import PatchDiscriminator
 from ..models.pggan import PGDiscriminator, PGGenerator
 from ..models.unet import UNetRenderer
-from .base import Recipe, as_data, open_run, train_stage
+from .base import Recipe, as_data, open_run, save_run, train_stage
 from ..train.callbacks import Ema, Fade, checkpoints
 from ..train.growth import Growth, grow_reals
 from ..train.losses import l1, logistic_d, logistic_g, r1_penalty
@@ -212,7 +212,7 @@ class SkrGAN(Recipe):
             batches = self._batches(data, c['seed'] + i, by_hand=c['hand'] and stage == 'render')
             common = dict(folder=f'{out}/{stage}' if out else None, meta=meta, every=every, progress=progress, seed=c['seed'] + i)
             getattr(self, f'_fit_{stage}')(batches, only_load=left_out, **common, **kwargs)
-            if out: self.save(f'{out}/weights.safetensors')
+            if out: save_run(self, out)
         return self
 
     def _batches(self, data, seed, by_hand):

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast
 from torch import nn
 
-from ..core import keep_memory, seed_everything
+from ..core import default_device, keep_memory, seed_everything
 
 # %% ../../nbs/train/12_trainer.ipynb #9de19044
 @dataclass
@@ -66,10 +66,10 @@ def set_rng_state(state:dict):
 def make_accelerator(
     mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
 ) -> Accelerator:
-    "An accelerator with this setting, whatever an earlier one in this process was set to"
+    "An accelerator with this setting, whatever an earlier one in this process was set to; several processes find each other with and without GPUs"
     if os.environ.get('ACCELERATE_MIXED_PRECISION') and mixed_precision == 'no': mixed_precision = None  # from `accelerate launch`
     AcceleratorState._reset_state(reset_partial_state=False)
-    return Accelerator(mixed_precision=mixed_precision)
+    return Accelerator(mixed_precision=mixed_precision, cpu=default_device().type == 'cpu')  # must be said, or processes without a GPU stay alone
 
 # %% ../../nbs/train/12_trainer.ipynb #3980b809
 def _average_gradients(accelerator, params):
