@@ -277,6 +277,17 @@ def through(tmp_path_factory):
     return finished(tmp_path_factory.mktemp('through'))
 
 
+def test_a_second_training_is_kept_out(through, tmp_path):
+    "And the first ends as if nobody had tried"
+    def second():
+        with pytest.raises(ValueError, match='another training'): finished(tmp_path)
+    def try_it(t):
+        if t.step == 5: assert exit_codes(second) == [0]
+    same_run(through, finished(tmp_path, fail=try_it))
+    assert rows(tmp_path/'log.csv') == rows(through.callbacks[2].path)
+    finished(tmp_path)                                                  # it has let go
+
+
 @pytest.mark.parametrize('step', [0, 4, 8])
 def test_killed_between_two_phases(through, tmp_path, step):
     def kill(t):
@@ -375,7 +386,7 @@ def test_checkpoint_of_something_else(tmp_path, what):
 def test_disk_full_while_saving(through, tmp_path):
     def full(state): return state['step'] == 6
     with half_written(full, disk_full), pytest.raises(RuntimeError, match='000006.pt.*No space') as e: finished(tmp_path)
-    assert one_line(e) and [p.name for p in (tmp_path/'ck').iterdir()] == ['000003.pt']
+    assert one_line(e) and {p.name for p in (tmp_path/'ck').iterdir()} == {'000003.pt', '.lock'}
     same_run(through, finished(tmp_path, init=3))                       # after making room it goes on
     assert rows(tmp_path/'log.csv') == rows(through.callbacks[2].path)
 

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
+from filelock import FileLock, Timeout
 
 from ..core import atomic_write, interactive, save_png
 from .growth import Growth
@@ -176,11 +177,12 @@ class Checkpoint(Callback):
                  meta:dict|None=None, # what the run is, compared when resuming: {'recipe': 'skrgan', 'size': 256}
                 ):
         self.folder, self.every, self.keep, self.best_name, self.meta = Path(folder), every, keep, best, meta or {}
-        self.mean, self.lowest = None, float('inf')
+        self.mean, self.lowest, self.lock = None, float('inf'), FileLock(self.folder/'.lock')
 
     def before_fit(self, trainer):
-        "Resume. Raises `ValueError` if the checkpoint belongs to something else, or to a network of another shape"
+        "Resume. Raises `ValueError` if the checkpoint belongs to something else, or to a network of another shape, or if another training writes here"
         if trainer.accelerator.is_main_process:
+            self._lock()
             for p in self.folder.glob('.*.pt.*.tmp'): p.unlink(missing_ok=True)  # of a write that was killed
         for path in reversed(checkpoints(self.folder)):
             try:
@@ -216,6 +218,16 @@ class Checkpoint(Callback):
         for p in [self.folder/'best.pt'] * better + [path]:
             with _writing('checkpoint', p), atomic_write(p) as f: torch.save(state, f)
         for p in [p for p in checkpoints(self.folder) if int(p.stem) <= trainer.step][:-self.keep]: p.unlink()  # unreadable later ones do not count
+
+    def _lock(self):
+        "Keep others out until `close`, or until this process dies; where nothing can be written, or locked, nothing is"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+        except Timeout: raise ValueError(f"another training is writing to {self.folder}: wait for it to end, or use another output folder") from None
+        except (OSError, NotImplementedError): pass
+
+    def close(self, trainer): self.lock.release()
 
     def state_dict(self): return dict(mean=self.mean, lowest=self.lowest)
     def load_state_dict(self, state): self.mean, self.lowest = state['mean'], state['lowest']
