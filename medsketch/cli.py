@@ -29,7 +29,7 @@ from .data import load_images, phantom_data
 from .evaluate.compare import compare as compare_systems, settings_for
 from .evaluate.moco import features_by_name
 from .evaluate.segment import Segmenter
-from .evaluate.table import FEATURES, score_set
+from .evaluate.table import FEATURES, least_images, score_set
 from .export import FORMATS, export_dataset
 from .phantoms import PHANTOMS
 from .pretrained import PRETRAINED, load, pack, pretrain as pretrain_one
@@ -317,6 +317,7 @@ def demo(out:Path=typer.Option('demo', help="folder for runs, picture and scores
     "The whole pipeline on built-in phantoms: train, sample, score; writes demo.png and scores.csv."
     names, start = kinds.split(','), time.monotonic()
     if odd := [k for k in names if k not in PHANTOMS]: raise ValueError(f"no phantom is called {odd[0]!r}; there are: {', '.join(PHANTOMS)}")
+    if images < (least := 4 * least_images(METRICS)): raise ValueError(f"--images {images}: at least {least} are needed, or too few are held back to score against")
     workers = min(len(names), os.cpu_count() or 1)
     print(f'training on {", ".join(names)} phantoms, {workers} at a time, one thread each ...', flush=True)
     with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (1,)) as pool:

@@ -173,6 +173,7 @@ def test_bad_files_among_good_ones_are_listed(medsketch, photos, tmp_path):
 
 
 MISTAKES = {
+    "demo --out {tmp}/x --images 12": (1, "at least 16"),
     "train skrgan --data {tmp}/none --out {tmp}/x": (1, "no such folder"),
     "train skrgan --data {tmp}/empty --out {tmp}/x": (1, "no images"),
     "train skrgan --data {photos} --out {tmp}/x --size 100": (1, "nearest is 128"),
