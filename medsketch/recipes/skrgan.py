@@ -158,7 +158,7 @@ class SkrGAN(Recipe):
                  receptive_field:int=70, # of D_P, pixels
                  lam:float=100., # λ of Eq. 2
                  r1:float=1., # gamma of the R1 penalty on D_S; 0 for none
-                 lr_sketch:float=1e-3, # rate of the sketch pair (§3); trainings of only a few thousand batches need about 4e-3
+                 lr_sketch:float=1e-3, # rate of the sketch pair (§3); trainings of only a few thousand batches need about 4e-3, and batches of 16: with 8, all sketches may become one
                  batches:int|dict=4000, # sketch stage: batches per resolution, one number or {resolution: number}
                  render_steps:int=20_000, # render stage: batches
                  joint_steps:int=0, # joint stage (Eq. 3): batches; 0 leaves it out
