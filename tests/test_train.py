@@ -1,4 +1,5 @@
 """Growth, trainer and callbacks: schedules, freezing, accumulation, several processes, killed runs, full disks, NaN."""
+import errno
 import os
 import pickle
 import random
@@ -286,6 +287,17 @@ def test_a_second_training_is_kept_out(through, tmp_path):
     same_run(through, finished(tmp_path, fail=try_it))
     assert rows(tmp_path/'log.csv') == rows(through.callbacks[2].path)
     finished(tmp_path)                                                  # it has let go
+
+
+def test_a_folder_that_cannot_be_locked_or_written(through, tmp_path, monkeypatch):
+    def refuse(*_): raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(callbacks.fcntl, 'flock', refuse)
+    with pytest.warns(UserWarning, match='cannot be locked .*second training'): same_run(through, finished(tmp_path/'a'))
+    (tmp_path/'b').mkdir()
+    (tmp_path/'b/ck').write_text('in the way')
+    seen = []
+    with pytest.raises(RuntimeError, match='could not write checkpoints') as e: finished(tmp_path/'b', fail=seen.append)
+    assert one_line(e) and not seen                                     # before the first step, not at the first checkpoint
 
 
 @pytest.mark.parametrize('step', [0, 4, 8])

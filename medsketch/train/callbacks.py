@@ -18,11 +18,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
-from filelock import FileLock, Timeout
 
 from ..core import atomic_write, interactive, save_png
 from .growth import Growth
 from .trainer import Callback, Trainer
+
+try: import fcntl
+except ImportError: fcntl = None  # Windows has none: there, folders are not locked
 
 # %% ../../nbs/train/13_callbacks.ipynb #6b457297
 class TrainingDiverged(RuntimeError):
@@ -177,7 +179,7 @@ class Checkpoint(Callback):
                  meta:dict|None=None, # what the run is, compared when resuming: {'recipe': 'skrgan', 'size': 256}
                 ):
         self.folder, self.every, self.keep, self.best_name, self.meta = Path(folder), every, keep, best, meta or {}
-        self.mean, self.lowest, self.lock = None, float('inf'), FileLock(self.folder/'.lock')
+        self.mean, self.lowest, self.lock = None, float('inf'), None
 
     def before_fit(self, trainer):
         "Resume. Raises `ValueError` if the checkpoint belongs to something else, or to a network of another shape, or if another training writes here"
@@ -220,14 +222,17 @@ class Checkpoint(Callback):
         for p in [p for p in checkpoints(self.folder) if int(p.stem) <= trainer.step][:-self.keep]: p.unlink()  # unreadable later ones do not count
 
     def _lock(self):
-        "Keep others out until `close`, or until this process dies; where nothing can be written, or locked, nothing is"
-        try:
+        "Keep others out until `close`, or until this process dies. Raises `RuntimeError` if nothing can be written here"
+        with _writing('checkpoints to', self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=0)
-        except Timeout: raise ValueError(f"another training is writing to {self.folder}: wait for it to end, or use another output folder") from None
-        except (OSError, NotImplementedError): pass
+            self.lock = open(self.folder/'.lock', 'w')
+        try: fcntl and fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another training is writing to {self.folder}: wait for it to end, or use another output folder") from None
+        except OSError as e: warnings.warn(f"{self.folder} cannot be locked ({e.strerror}): see to it that no second training writes there")
 
-    def close(self, trainer): self.lock.release()
+    def close(self, trainer):
+        if self.lock: self.lock.close()
 
     def state_dict(self): return dict(mean=self.mean, lowest=self.lowest)
     def load_state_dict(self, state): self.mean, self.lowest = state['mean'], state['lowest']
