@@ -34,8 +34,8 @@ from .export import FORMATS, export_dataset
 from .phantoms import PHANTOMS
 from .pretrained import PRETRAINED, load, pack, pretrain as pretrain_one
 from .recipes import recipe_class
-from .train.trainer import make_accelerator
 from .sketch import METHODS, STYLES, get_style, read_sketch, sketch_file
+from .train.trainer import make_accelerator
 
 # %% ../nbs/60_cli.ipynb #7bcb7ae1
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,

@@ -98,14 +98,14 @@ def check_size(
 @contextlib.contextmanager
 def atomic_write(
     path, # final path; its folder is made if it is missing
-    mode:str='wb', # as for `open`
+    mode:str='wb', # as for `open`; text is UTF-8 on every machine
 ):
     "Open a temporary file beside `path`, and rename it into place once it is completely on the disk"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
     try:
-        with os.fdopen(fd, mode) as f:
+        with os.fdopen(fd, mode, **({} if 'b' in mode else dict(encoding='utf-8', newline=''))) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())

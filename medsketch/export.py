@@ -164,11 +164,8 @@ def _open_set(out, plan):
         return out
     if out.exists() and (found := sorted(p.name for p in out.iterdir() if not p.name.startswith('.'))):
         raise ValueError(f"{out} holds something else already ({found[0]}): choose another folder, or empty this one")
-    _write(path, json.dumps(plan.as_dict(), indent=1))
+    with atomic_write(path, 'w') as f: json.dump(plan.as_dict(), f, indent=1)
     return out
-
-def _write(path, text):
-    with atomic_write(path) as f: f.write(text.encode('utf-8'))
 
 def _write_pictures(out, recipe, plan, progress):
     "Draw and write what is not there yet, and then the list"
@@ -183,7 +180,7 @@ def _write_pictures(out, recipe, plan, progress):
         for i in range(len(batch['image'])):
             files = write_sample(top, {m: v[i] for m, v in batch.items()}, start + i, plan)
             lines.append(json.dumps(files | dict(recipe=plan.recipe, seed=plan.seed, index=start + i, draw_seed=seed, draw=i, synthetic=True)))
-        _write(parts/f'{k:06d}.jsonl', '\n'.join(lines) + '\n')
+        with atomic_write(parts/f'{k:06d}.jsonl', 'w') as f: f.write('\n'.join(lines) + '\n')
     with atomic_write(top/'metadata.jsonl') as f:
         for k in range(len(starts)): f.write((parts/f'{k:06d}.jsonl').read_bytes())
     shutil.rmtree(parts)
@@ -366,7 +363,7 @@ def _finish(out, plan, shape, source, licence, train, held, extractor):
     with open(out/plan.top/'metadata.jsonl', encoding='utf-8') as f: line = json.loads(f.readline())
     against = '' if train is None else 'the images trained on, which flatters a generator that copies' if held is None else 'real images that were held back'
     path = out/_datasheet_name(plan)
-    _write(path, _datasheet(plan, line, tuple(shape), source, licence, train, scores, against, privacy))
+    with atomic_write(path, 'w') as f: f.write(_datasheet(plan, line, tuple(shape), source, licence, train, scores, against, privacy))
     done = Exported(out, plan.n, path, scores, privacy, worst)
     if done.alarm: warnings.warn(str(done), stacklevel=3)
     return done

@@ -1,6 +1,7 @@
 """The command line: what it writes, and that every mistake is one line and an exit status."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -236,6 +237,14 @@ def test_the_installed_command_runs_in_a_process_of_its_own(tmp_path):
     code = "from medsketch.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "sample", str(tmp_path), "--out", str(tmp_path)], check=False, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("medsketch: ") and "Traceback" not in done.stderr
+
+
+def test_text_is_utf8_where_the_machine_speaks_something_else(tmp_path):
+    code = f"from medsketch.core import atomic_write\nwith atomic_write({str(tmp_path / 't')!r}, 'w') as f: f.write('SWD \\u00d7 10\\u00b3\\n')"
+    plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "t").read_bytes() == "SWD × 10³\n".encode()
 
 
 def test_demo_writes_picture_and_scores(medsketch, tmp_path):
