@@ -108,7 +108,7 @@ def train(recipe:str=typer.Argument(help="skrgan"),
           out:Path=typer.Option(..., help="folder of the run"),
           size:Optional[int]=typer.Option(None, help="side of the images, pixels; the scale's if not given"),
           scale:str=typer.Option('gpu', help="tour, gpu or paper"),
-          steps:Optional[int]=typer.Option(None, help="batches per stage; the scale's if not given"),
+          steps:Optional[int]=typer.Option(None, help="batches per stage, none for a joint stage; the scale's if not given"),
           style:str=typer.Option('generic', help=f"sketch style: {', '.join(STYLES)}"),
           seed:int=typer.Option(0, help="of weights, batches and noise"),
           channels:Optional[int]=typer.Option(None, help="1 grey, 3 colour; the data's if not given"),
@@ -121,8 +121,9 @@ def train(recipe:str=typer.Argument(help="skrgan"),
     cls = recipe_class(recipe)
     if scale not in SCALES: raise ValueError(f"no scale is called {scale!r}; there are: {', '.join(SCALES)}")
     known = inspect.signature(cls).parameters
-    settings = cls.presets[scale] | {k: v for k, v in dict(style=style, seed=seed).items() if k in known} | _settings(change) | (dict(size=size) if size else {})
-    if steps is not None: settings |= cls.steps_each(steps, settings['size'])
+    told = _settings(change) | (dict(size=size) if size else {})
+    settings = cls.presets[scale] | {k: v for k, v in dict(style=style, seed=seed).items() if k in known} | told
+    if steps is not None: settings |= cls.steps_each(steps, settings['size']) | told
     if odd := settings.keys() - known.keys(): raise ValueError(f"recipe {recipe} has no argument {odd.pop()!r}; there are: {', '.join(known)}")
     check_size(settings['size'])
     first = make_accelerator().is_main_process  # of several that train together

@@ -256,6 +256,18 @@ def test_demo_writes_picture_and_scores(medsketch, tmp_path):
     assert "swd" in out and "demo.png" in out
 
 
+def test_steps_are_all_there_are_unless_more_is_asked_for(medsketch, photos, tmp_path):
+    "The scale `gpu` has a joint stage of thousands of steps"
+    small = TINY.replace("tour", "gpu --size 32 --set receptive_field=34 --set fmap_base=64")
+    for more, stages in (("", {"sketch", "render"}), (" --set joint_steps=3 --set render_steps=2", {"sketch", "render", "joint"})):
+        out = tmp_path / str(len(stages))
+        status, _, err = medsketch(f"train skrgan --data {photos} --out {out} {small}{more}")
+        assert (status, err) == (0, "")
+        assert {p.parent.name for p in out.glob("*/log.csv")} == stages
+        last = [int(p.read_text().splitlines()[-1].split(",")[0]) for p in out.glob("*/log.csv")]
+        assert sorted(last) == ([6, 6] if not more else [2, 3, 6])
+
+
 def test_one_stage_alone(medsketch, photos, tmp_path):
     "A renderer for people who draw: trained without a sketch generator, and it says so when asked for sketches"
     status, _, err = medsketch(f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --stages render --set hand=true --set local=20")

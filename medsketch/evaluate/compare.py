@@ -48,7 +48,7 @@ def make_recipe(
     told, config = settings_for(name, settings or {}), cls.presets[scale] | dict(size=data.size, channels=data.channels, seed=seed)
     if steps is not None:
         if steps < cls.pairs: raise ValueError(f"steps={steps}: recipe {name} needs at least {cls.pairs}")
-        config |= cls.steps_each(steps // cls.pairs, data.size) | ({'joint_steps': 0} if 'joint_steps' in config else {})  # a third stage would be beyond the budget
+        config |= cls.steps_each(steps // cls.pairs, data.size)
     config |= told  # who passes a schedule of their own answers for the budget
     return cls(**config)
 

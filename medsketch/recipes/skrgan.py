@@ -184,12 +184,12 @@ class SkrGAN(Recipe):
 
     @staticmethod
     def steps_each(steps:int, size:int) -> dict:
-        "Arguments that give the sketch and the render stage so many batches each; half of the sketch stage's go to the last resolution"
+        "Arguments that give the sketch and the render stage so many batches each, the joint stage none; half of the sketch stage's go to the last resolution"
         if steps < 1: raise ValueError(f"{steps} steps: at least 1 is needed")
         sizes = Growth(size).sizes
         table = {s: max(1, steps // 2 ** (len(sizes) - i)) for i, s in enumerate(sizes)}
         table[sizes[-1]] = max(1, steps - sum(table[s] for s in sizes[:-1]))
-        return dict(batches=table, render_steps=steps)
+        return dict(batches=table, render_steps=steps, joint_steps=0)
 
     def fit(self,
             data, # a folder of images, or an `ImageData` (its sketches are used if it has them)
