@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from benchmarks.common import Row
-from medsketch.batches import Batches, flip_rotate
 from medsketch.core import keep_memory, to_uint8
 from medsketch.data import ImageData, load_images
+from medsketch.data.batches import Batches, flip_rotate
 from medsketch.phantoms import phantom
 
 BATCH, REPEATS = 16, 40

@@ -103,5 +103,5 @@ def rows(peak):
     threads = torch.get_num_threads()
     out = [row(name, 's/image', targets[bf16], batch, bf16, peak, *alone(measure_step, make, size, batch, bf16, threads))
            for name, make, size, batch, *targets in STEPS for bf16 in (False, True)]
-    # float32 is for comparison: bfloat16 renders the same pixels to about one 8-bit level (nbs/models/22_unet.ipynb)
+    # float32 is for comparison: bfloat16 renders the same pixels to about one 8-bit level (nbs/04_models/03_unet.ipynb)
     return out + [row('render 256 px', 'ms', 40 if bf16 else None, 1, bf16, peak, *alone(measure_render, bf16, threads)) for bf16 in (False, True)]

@@ -5,9 +5,9 @@ import torch
 from monai.losses import DiceCELoss
 
 from benchmarks.common import Row, alone
-from medsketch.batches import Batches, flip_rotate
 from medsketch.core import keep_memory
 from medsketch.data import phantom_data
+from medsketch.data.batches import Batches, flip_rotate
 from medsketch.evaluate.segment import Segmenter, segmentation_unet
 from medsketch.train.trainer import Callback, Trainer
 

@@ -12,13 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from medsketch import data, readers
-from medsketch.batches import Augment, Batches, flip_lr, flip_rotate
-from medsketch.cases import find_cases
 from medsketch.core import to_uint8, torch_rng
-from medsketch.data import ImageData, load_images, phantom_data, split_by_subject
-from medsketch.phantoms import phantom
-from medsketch.readers import (
+from medsketch.data import (
+    ImageData,
+    load_images,
+    phantom_data,
+    readers,
+    split_by_subject,
+)
+from medsketch.data.batches import Augment, Batches, flip_lr, flip_rotate
+from medsketch.data.cases import find_cases
+from medsketch.data.readers import (
     field_of_view,
     image_to_square,
     mask_to_square,
@@ -29,6 +33,7 @@ from medsketch.readers import (
     read_picture,
     to_eight_bits,
 )
+from medsketch.phantoms import phantom
 
 REAL = Path(os.environ.get('MEDSKETCH_DATA', Path(__file__).parents[1] / '../shared/data')).resolve()
 real = pytest.mark.skipif(not (REAL / 'manifest.csv').is_file(), reason='the real images are not on this machine (MEDSKETCH_DATA)')
@@ -399,7 +404,7 @@ def test_cache_decodes_once_and_notices_changes(tmp_path, monkeypatch):
     d = fill(tmp_path / 'd', masks=True)
     first = load(d, cache='disk')
     with monkeypatch.context() as m:
-        m.setattr(data, 'decode_case', lambda *a: pytest.fail('decoded again'))
+        m.setattr(dataset, 'decode_case', lambda *a: pytest.fail('decoded again'))
         again = load(d, cache='disk')
     memory = load(d)
     assert isinstance(again.images, np.memmap) and (again.images == memory.images).all() and (again.masks == memory.masks).all()

@@ -11,10 +11,10 @@ import torch
 from faults import contents, die, half_written, killed, one_line, rows, same
 from PIL import Image
 
-from medsketch.batches import Batches
 from medsketch.cli import main
 from medsketch.core import to_uint8
 from medsketch.data import ImageData, load_images, phantom_data
+from medsketch.data.batches import Batches
 from medsketch.models.dcgan import DCDiscriminator, DCGenerator, dc_widths
 from medsketch.recipes import (
     ACGAN,
@@ -25,7 +25,7 @@ from medsketch.recipes import (
     load_recipe,
     recipe_class,
 )
-from medsketch.recipes.gans import Clip, folder_classes, pseudo_classes
+from medsketch.recipes.baselines import Clip, folder_classes, pseudo_classes
 from medsketch.sketch import add_sketches
 
 os.environ['ACCELERATE_USE_CPU'] = 'true'   # "to the last bit" is a promise for the CPU

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from medsketch.anatomy.brain_mri import draw_brain_mri
-from medsketch.anatomy.fundus import fundus_anatomy, fundus_vessels
 from medsketch.phantoms import PHANTOMS, phantom, shrink_mask
+from medsketch.phantoms.brain_mri import draw_brain_mri
+from medsketch.phantoms.fundus import fundus_anatomy, fundus_vessels
 
 KINDS = list(PHANTOMS)
 SEEDS = range(6)

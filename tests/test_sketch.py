@@ -11,8 +11,8 @@ from PIL import Image
 
 from medsketch.core import from_uint8
 from medsketch.data import ImageData, phantom_data
+from medsketch.data.readers import image_to_square
 from medsketch.phantoms import PHANTOMS, phantom
-from medsketch.readers import image_to_square
 from medsketch.sketch import (
     METHODS,
     STYLES,

@@ -28,9 +28,9 @@ from faults import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from medsketch.batches import Batches
 from medsketch.core import torch_rng
 from medsketch.data import ImageData, phantom_data
+from medsketch.data.batches import Batches, flip_rotate
 from medsketch.recipes import RECIPES, Recipe, SkrGAN, base, load_recipe, skrgan
 from medsketch.sketch import add_sketches
 from medsketch.train.callbacks import TrainingDiverged, checkpoints
@@ -551,7 +551,7 @@ def test_bf16(data, tmp_path):
 
 def test_batches_are_the_same_for_one_seed(data):
     "A stage's stream is a function of seed and position"
-    a, b = (Batches(data, 4, seed=1, augment=skrgan.flip_rotate) for _ in range(2))
+    a, b = (Batches(data, 4, seed=1, augment=flip_rotate) for _ in range(2))
     first = [next(a) for _ in range(3)]
     b.position = 8
     same(first[2], next(b))

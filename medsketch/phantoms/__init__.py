@@ -1,0 +1,2 @@
+"""Drawn anatomy: an image and its masks from a seed."""
+from .kinds import *

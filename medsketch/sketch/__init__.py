@@ -1,0 +1,3 @@
+"""From images to sketches, and to the many sketches that people would draw of one image."""
+from .edges import *
+from .variants import *
