@@ -15,6 +15,7 @@ from PIL import Image
 from medsketch.core import to_uint8, torch_rng
 from medsketch.data import (
     ImageData,
+    dataset,
     load_images,
     phantom_data,
     readers,
