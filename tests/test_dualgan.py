@@ -14,13 +14,8 @@ from medsketch.cli import main
 from medsketch.core import to_uint8
 from medsketch.data import ImageData, load_images, phantom_data
 from medsketch.recipes import DualGAN, load_recipe
-from medsketch.recipes.dualgan import (
-    MaskLosses,
-    clean_masks,
-    mask_planes,
-    plane_masks,
-    soften,
-)
+from medsketch.recipes.dualgan import mask_game
+from medsketch.sketch.masks import clean_masks, mask_planes, plane_masks, soften
 
 os.environ['ACCELERATE_USE_CPU'] = 'true'   # "to the last bit" is a promise for the CPU
 
@@ -104,7 +99,7 @@ def test_the_generator_goes_where_the_discriminator_points():
     "Against a D that tells full masks from empty ones and stays as it is, G draws fuller ones"
     r = tiny(lr=1e-2, r1=0.)
     nets = SimpleNamespace(**{k: n.train() for k, n in r.nets.items()})
-    g, d = MaskLosses(8, 0).phases(r._adam('G_M'), r._adam('D_M'))
+    g, d = mask_game(8, r1=0.).phases(r._adam('G_M'), r._adam('D_M'))
     full, empty = torch.ones(8, 1, 16, 16), -torch.ones(8, 1, 16, 16)
     noisy = lambda x: (x + .1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))
     for _ in range(30):
@@ -124,11 +119,11 @@ def test_the_generator_goes_where_the_discriminator_points():
 def test_r1_is_a_phase_only_if_it_weighs_something():
     r = tiny()
     opts = r._adam('G_M'), r._adam('D_M')
-    assert [p.name for p in MaskLosses(8, 0).phases(*opts)] == ['G_M', 'D_M']
-    assert [p.name for p in MaskLosses(8, 1).phases(*opts)] == ['G_M', 'D_M', 'R1']
+    assert [p.name for p in mask_game(8, r1=0.).phases(*opts)] == ['G_M', 'D_M']
+    assert [p.name for p in mask_game(8, r1=1.).phases(*opts)] == ['G_M', 'D_M', 'R1']
     y = {'sketch': torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))}
     nets = SimpleNamespace(**{k: n.train() for k, n in r.nets.items()})
-    a, b = (MaskLosses(8, g).d_r1(nets, y) for g in (1., 3.))
+    a, b = (mask_game(8, r1=g).penalty(nets, y) for g in (1., 3.))
     assert a > 0
     torch.testing.assert_close(b, 3 * a)
 

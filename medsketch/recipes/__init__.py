@@ -1,7 +1,7 @@
 """The published systems; importing this package fills `RECIPES`."""
 from medsketch.recipes.base import RECIPES, Recipe, load_recipe, recipe_class
-from medsketch.recipes.dualgan import DualGAN
 from medsketch.recipes.baselines import ACGAN, DCGAN, PGGAN, WGAN, WGANGP
+from medsketch.recipes.dualgan import DualGAN
 from medsketch.recipes.skrgan import SkrGAN
 
 __all__ = ["ACGAN", "DCGAN", "PGGAN", "RECIPES", "WGAN", "WGANGP", "DualGAN", "Recipe", "SkrGAN", "load_recipe", "recipe_class"]

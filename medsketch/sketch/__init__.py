@@ -1,3 +1,4 @@
 """From images to sketches, and to the many sketches that people would draw of one image."""
 from .edges import *
+from .masks import *
 from .variants import *
