@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PICTURES', 'LABELS', 'Ramp', 'GrowthPoint', 'GrowthStage', 'doubling', 'Growth', 'grow_reals']
 
-# %% ../../nbs/05_train/01_growth.ipynb #ac603a12
+# %% ../../nbs/05_train/01_growth.ipynb #5ad64efe
 import math
 import operator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..core import check_size
 
-# %% ../../nbs/05_train/01_growth.ipynb #0c4fda48
+# %% ../../nbs/05_train/01_growth.ipynb #bda06975
 class Ramp(NamedTuple):
     "How alpha moves during a fade"
     start:float=0. # alpha at the beginning, in [0, 1]
@@ -33,7 +33,7 @@ class Ramp(NamedTuple):
         low, high = sorted(self[:2])
         return min(max(self.start + way, low), high)
 
-# %% ../../nbs/05_train/01_growth.ipynb #c88add63
+# %% ../../nbs/05_train/01_growth.ipynb #9e3a8480
 def _ramp(value) -> Ramp:
     "A `Ramp` of what was given: one, (start, end), (start, end, quantum), or a number that stays"
     parts = value if isinstance(value, (list, tuple)) else (value, value)
@@ -49,7 +49,7 @@ def _whole(name, value, least=1) -> int:
     if n < least: raise ValueError(f"{name} is {value!r}; it must be a whole number from {least}")
     return n
 
-# %% ../../nbs/05_train/01_growth.ipynb #98e9edb7
+# %% ../../nbs/05_train/01_growth.ipynb #1d99e7c2
 class GrowthPoint(NamedTuple):
     "Where a schedule stands at one step"
     size:int # resolution, pixels
@@ -63,7 +63,7 @@ class GrowthPoint(NamedTuple):
         "The alpha of one network: its own, or the common one"
         return self.alphas.get(name, self.alpha)
 
-# %% ../../nbs/05_train/01_growth.ipynb #ed0ca08b
+# %% ../../nbs/05_train/01_growth.ipynb #a8634d91
 @dataclass
 class GrowthStage:
     "Some batches at one resolution. Raises `ValueError` for what cannot be"
@@ -72,7 +72,7 @@ class GrowthStage:
     fade:float=0 # alpha moves during the first so many of them
     alpha:Ramp=Ramp() # how it moves; also (start, end), (start, end, quantum), or one number that stays
     alphas:dict=field(default_factory=dict) # {network: ramp}, for networks that follow their own
-    batch_size:int|None=None # images per batch; None leaves the loader's
+    batch_size:int|None=None # images per batch; None keeps the stage before's, at first the loader's
 
     def __post_init__(self):
         self.size, self.steps, self.alpha = check_size(self.size), _whole('steps', self.steps), _ramp(self.alpha)
@@ -89,7 +89,7 @@ class GrowthStage:
         own = {name: ramp.at(share) for name, ramp in self.alphas.items()}
         return GrowthPoint(self.size, self.alpha.at(share), self.batch_size, own)
 
-# %% ../../nbs/05_train/01_growth.ipynb #f6a7c25c
+# %% ../../nbs/05_train/01_growth.ipynb #9ef132c4
 def _by_size(name, value, sizes) -> dict:
     "{resolution: value} of one value or a table, whose keys may be text, as JSON writes them"
     if not isinstance(value, dict): return dict.fromkeys(sizes, value)
@@ -100,7 +100,7 @@ def _by_size(name, value, sizes) -> dict:
     if lacking: raise ValueError(f"{name} has no entry for resolution {lacking[0]}")
     return table
 
-# %% ../../nbs/05_train/01_growth.ipynb #0a3f86ea
+# %% ../../nbs/05_train/01_growth.ipynb #4ac2b042
 def doubling(
     size:int, # final resolution, pixels (power of two)
     batches:int|dict=1000, # batches per resolution: one number, or {resolution: number}
@@ -116,7 +116,7 @@ def doubling(
     steps = {s: _whole('batches', steps[s]) for s in sizes}
     return [GrowthStage(s, steps[s], 0 if s == start else fade * steps[s], batch_size=images[s]) for s in sizes]
 
-# %% ../../nbs/05_train/01_growth.ipynb #f08e3744
+# %% ../../nbs/05_train/01_growth.ipynb #7c56771b
 def _stages(given) -> list:
     "Check a list of stages, given as such or as dictionaries of their arguments. Raises `ValueError`"
     if not given: raise ValueError("a schedule needs at least one stage")
@@ -128,9 +128,10 @@ def _stages(given) -> list:
             raise ValueError(f"stage {i} is {s!r}; a stage is a dictionary of {names}") from None
         if i > 1 and stages[-1].size < stages[-2].size:
             raise ValueError(f"stage {i} goes back from {stages[-2].size} to {stages[-1].size} px; sizes must ascend")
+        if i > 1 and stages[-1].batch_size is None: stages[-1] = replace(stages[-1], batch_size=stages[-2].batch_size)
     return stages
 
-# %% ../../nbs/05_train/01_growth.ipynb #db2b6c99
+# %% ../../nbs/05_train/01_growth.ipynb #c25c5465
 @dataclass
 class Growth:
     "The resolution, alpha and batch size of every step"
@@ -159,7 +160,7 @@ class Growth:
             step -= stage.steps
         return self.stages[-1].at(step)
 
-# %% ../../nbs/05_train/01_growth.ipynb #21983ef2
+# %% ../../nbs/05_train/01_growth.ipynb #f7d3d7c5
 def _grow_picture(x, size, alpha):
     "(N, C, H, H) -> (N, C, size, size): averaged, and blended with its copy at half the size"
     x = F.avg_pool2d(x, _factor(x, size))
@@ -178,7 +179,7 @@ def _factor(x, size):
     if h != w or h % size: raise ValueError(f"real images are {h} x {w} pixels; size {size} needs a square multiple")
     return h // size
 
-# %% ../../nbs/05_train/01_growth.ipynb #6720f38b
+# %% ../../nbs/05_train/01_growth.ipynb #ba02790d
 PICTURES, LABELS = ('picture', 'image', 'sketch'), ('labels', 'label', 'mask', 'instances', 'instance ids', 'ids')
 
 def grow_reals(
