@@ -1,4 +1,5 @@
 """The networks against the reference implementations' stored numbers, and at their edges."""
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from medsketch.models.layers import MinibatchStd, PixelNorm, conv
 from medsketch.models.patchgan import PatchDiscriminator
-from medsketch.models.pggan import PGDiscriminator, PGGenerator
+from medsketch.models.pggan import PGDiscriminator, PGGenerator, widths
 from medsketch.models.unet import UNetRenderer
 from medsketch.train.losses import GAN_LOSSES, l1, logistic_g
 
@@ -20,7 +21,7 @@ def close(a, b, tol=1e-4):
     "Equal to `tol`, relative to the largest value"
     a, b = (torch.as_tensor(np.asarray(t.detach() if torch.is_tensor(t) else t), dtype=torch.float64) for t in (a, b))
     assert a.shape == b.shape
-    assert (a - b).abs().max() <= tol * b.abs().max().clamp(min=1e-12), f"off by {(a - b).abs().max() / b.abs().max():.1e}"
+    assert (a - b).abs().max() <= tol * b.abs().max().clamp(min=1e-12), f"off by {(a - b).abs().max():.1e}"
 
 
 def load(net, pairs):
@@ -51,10 +52,15 @@ def tf():
     return dict(np.load(REFS / 'pggan_official.npz'))
 
 
+def block_names(*layers):
+    "Two layers in every block above 4 x 4"
+    return {f'blocks.{i}.{j}': f'{r}x{r}/{n}' for i, r in enumerate((8, 16, 32)) for j, n in enumerate(layers)}
+
+
 G_NAMES = {'conv': '4x4/Conv', **{f'to_image.{i}': f'ToRGB_lod{3 - i}' for i in range(4)},
-           **{f'blocks.{i}.{j}': f'{r}x{r}/{n}' for i, r in enumerate((8, 16, 32)) for j, n in enumerate(('Conv0_up', 'Conv1'))}}
-D_NAMES = {'conv': '4x4/Conv', 'dense': '4x4/Dense0', 'logit': '4x4/Dense1', **{f'from_image.{i}': f'FromRGB_lod{3 - i}' for i in range(4)},
-           **{f'blocks.{i}.{j}': f'{r}x{r}/{n}' for i, r in enumerate((8, 16, 32)) for j, n in enumerate(('Conv0', 'Conv1_down'))}}
+           **block_names('Conv0_up', 'Conv1')}
+D_NAMES = {'conv': '4x4/Conv', 'dense': '4x4/Dense0', 'logit': '4x4/Dense1',
+           **{f'from_image.{i}': f'FromRGB_lod{3 - i}' for i in range(4)}, **block_names('Conv0', 'Conv1_down')}
 
 
 def pairs(tf, scope, names):
@@ -127,7 +133,8 @@ def p2p_names():
 
 
 def p2p_pairs(p2p, scope, names):
-    both = {f'{a}.{k}': p2p[f'{scope}:{b}.{k}'] for a, b in names.items() for k in ('weight', 'bias') if f'{scope}:{b}.{k}' in p2p}
+    pairs = {f'{a}.{k}': f'{scope}:{b}.{k}' for a, b in names.items() for k in ('weight', 'bias')}
+    both = {ours: p2p[theirs] for ours, theirs in pairs.items() if theirs in p2p}
     return {k: v.transpose(0, 2, 3, 1).copy() if v.ndim == 4 else v for k, v in both.items()}
 
 
@@ -160,8 +167,8 @@ def test_pix2pix(p2p):
 
 # ---- edges -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('stride, k, padding, transposed', [(1, 3, 1, False), (1, 1, 0, False), (2, 3, 0, False), (2, 3, 0, True),
-                                                            (2, 4, 1, False), (2, 4, 1, True)])
+@pytest.mark.parametrize('stride, k, padding, transposed', [
+    (1, 3, 1, False), (1, 1, 0, False), (2, 3, 0, False), (2, 3, 0, True), (2, 4, 1, False), (2, 4, 1, True)])
 def test_conv_derivatives(stride, k, padding, transposed):
     "First and second derivatives, against finite differences"
     h = 5 if stride == 2 and k == 3 and not transposed else 4
@@ -172,7 +179,8 @@ def test_conv_derivatives(stride, k, padding, transposed):
     assert torch.autograd.gradcheck(fn, (x, w, b)) and torch.autograd.gradgradcheck(fn, (x, w, b))
 
 
-@pytest.mark.parametrize('k, stride, padding, transposed', [(3, 2, 0, False), (3, 2, 0, True), (4, 2, 1, False), (4, 2, 1, True), (3, 1, 1, False)])
+@pytest.mark.parametrize('k, stride, padding, transposed', [
+    (3, 2, 0, False), (3, 2, 0, True), (4, 2, 1, False), (4, 2, 1, True), (3, 1, 1, False)])
 @pytest.mark.parametrize('dtype, side, tol', [(torch.float32, 128, 1e-4), (torch.bfloat16, 16, .02)])
 def test_weight_gradients_on_a_cpu(dtype, side, tol, k, stride, padding, transposed):
     "float32, large and strided: by phases; bfloat16, small: by a matrix product. Against float64"
@@ -202,7 +210,8 @@ def test_gradient_penalty_computes_no_unused_weight_gradients(monkeypatch):
 NETS = {'generator': lambda: (PGGenerator(16, fmap_base=64, fmap_max=16), (torch.randn(3, 512),)),
         'discriminator': lambda: (PGDiscriminator(16, fmap_base=64, fmap_max=16), (torch.randn(3, 3, 16, 16),)),
         'renderer': lambda: (UNetRenderer(16, ngf=4), (torch.rand(3, 1, 16, 16),)),
-        'patches': lambda: (PatchDiscriminator(4, ndf=4, receptive_field=34), (torch.randn(3, 3, 32, 32), torch.rand(3, 1, 32, 32)))}
+        'patches': lambda: (PatchDiscriminator(4, ndf=4, receptive_field=34),
+                            (torch.randn(3, 3, 32, 32), torch.rand(3, 1, 32, 32)))}
 
 
 @pytest.mark.parametrize('name', NETS)
@@ -227,6 +236,53 @@ def test_weights_survive_safetensors(name, tmp_path):
     for k, v in load_file(tmp_path / 'w.safetensors').items(): assert torch.equal(v, net.state_dict()[k])
 
 
+@pytest.mark.parametrize('scale', [1e-4, 1., 300., 3e4])
+@pytest.mark.parametrize('layer', [PixelNorm(), MinibatchStd()])
+def test_half_precision_squares_neither_overflow_nor_vanish(layer, scale):
+    "float16: the square of 300 is infinite, that of 1e-4 and the constant 1e-8 are zero"
+    x = (torch.randn(8, 32, 4, 4, generator=torch.Generator().manual_seed(0)) * scale).clamp(-6e4, 6e4).half()
+    inputs = [t.requires_grad_() for t in (x.clone(), x.double())]
+    half, exact = (layer(t) for t in inputs)
+    assert half.dtype == torch.float16
+    close(half, exact, 2e-3)
+    for y in (half, exact): (y[:, -1] / max(1, y[:, -1].abs().max().item())).sum().backward()
+    half, exact = (t.grad.double() for t in inputs)
+    assert (half - exact).abs().max() <= 5e-3 * exact.abs().max() + 6e-8      # float16's smallest number
+
+
+def test_blank_features_in_half_precision():
+    "Zeros and equal images: 0 / 0 is what the constants prevent"
+    x = torch.zeros(4, 8, 4, 4, dtype=torch.float16)
+    for layer in (PixelNorm(), MinibatchStd()):
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.sum().backward()
+        assert y.isfinite().all() and leaf.grad.isfinite().all()
+    assert torch.equal(PixelNorm()(x), x)
+    assert MinibatchStd()(x + 5)[:, -1].max() < 1e-3
+
+
+def test_autocast_leaves_pixel_norm_its_range():
+    "Autocast runs dot products in half precision, whatever comes in"
+    x = torch.randn(2, 16, 4, 4) * 1e4
+    with torch.autocast('cpu', torch.float16): y = PixelNorm()(x)
+    close(y, PixelNorm()(x), 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_the_growing_pair_in_half_precision(dtype):
+    "Logits and gradients through both networks, from features far from unit scale"
+    torch.manual_seed(0)
+    G, D = PGGenerator(16, 1, 32, fmap_base=128, fmap_max=32), PGDiscriminator(16, 1, fmap_base=128, fmap_max=32)
+    z = torch.randn(8, 32)
+    with torch.no_grad(): G.dense_bias.fill_(500.)
+    exact = D(G(z, alpha=.5), alpha=.5)
+    with torch.autocast('cpu', dtype): y = D(G(z, alpha=.5).float(), alpha=.5)
+    close(y.float(), exact, .1)
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for net in (G, D) for p in net.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize('n', [1, 2, 3, 5, 6, 7, 8])
 def test_any_batch_size(n):
     D = PGDiscriminator(8, fmap_base=32, fmap_max=8)
@@ -238,7 +294,8 @@ def test_any_batch_size(n):
 
 def test_fade_ends_are_exact():
     torch.manual_seed(0)
-    G, D, z = PGGenerator(16, fmap_base=64, fmap_max=16), PGDiscriminator(16, fmap_base=64, fmap_max=16), torch.randn(4, 512)
+    G, D = PGGenerator(16, fmap_base=64, fmap_max=16), PGDiscriminator(16, fmap_base=64, fmap_max=16)
+    z = torch.randn(4, 512)
     with torch.no_grad():
         assert torch.equal(G(z, 16, alpha=0), F.interpolate(G(z, 8), scale_factor=2))
         assert torch.equal(G(z, 4, alpha=0), G(z, 4))                    # nothing smaller to fade from
@@ -253,6 +310,27 @@ def test_growth_reaches_1024():
         for size in (4, 8, 1024):
             x = G(torch.randn(1, 8), size)
             assert x.shape == (1, 3, size, size) and D(x).shape == (1, 1)
+
+
+MEDICAL = {4: 128, 8: 128, 16: 128, 32: 128, 64: 128, 128: 128, 256: 64, 512: 16}     # Beers et al. 2018
+
+
+@pytest.mark.parametrize('fmaps', [MEDICAL, json.loads(json.dumps(MEDICAL)), list(MEDICAL.values())])
+def test_widths_by_a_table(fmaps):
+    "The medical progressive GAN: 128 below 256 px, 64 at 256, 16 at 512; keys as JSON writes them; a list"
+    assert widths(512, fmaps=fmaps) == [128] * 6 + [64, 16]
+    with torch.device('meta'): G, D = PGGenerator(512, 1, 128, fmaps=fmaps), PGDiscriminator(512, 1, fmaps=fmaps)
+    assert [layer.weight.shape[-1] for layer in G.to_image] == [128] * 6 + [64, 16]
+    assert [layer.weight.shape[0] for layer in D.from_image] == [128] * 6 + [64, 16]
+    assert [b[0].weight.shape[3] for b in G.blocks] == [128] * 5 + [64, 16]            # what a block makes
+
+
+def test_a_larger_table_serves_a_smaller_network():
+    "The paper's gliomas stop at 256 px; without a table the numbers are what they were"
+    assert widths(256, fmaps=MEDICAL) == [128] * 6 + [64]
+    assert widths(256, 4096, 256) == widths(256, 4096, 256, None) == [256] * 4 + [128, 64, 32]
+    G, D = PGGenerator(16, 1, 8, fmaps={4: 6, 8: 5, 16: 3}), PGDiscriminator(16, 1, fmaps={4: 6, 8: 5, 16: 3})
+    for size in (4, 8, 16): assert D(G(torch.randn(2, 8), size, .5), .5).shape == (2, 1)
 
 
 @pytest.mark.parametrize('norm, dropout', [('batch', 0.), ('batch', .5), ('instance', 0.), ('none', 0.)])
@@ -287,7 +365,7 @@ def test_a_shallow_renderer_answers_nearby_only_and_knows_its_place():
         assert change[64, 64] > 0 and change[:30].max() == 0 and change[:, 100:].max() == 0
         placed.place[..., :8] += 1.
         moved = (placed(x) - plain(x)).abs().amax((0, 1, 2))
-        assert moved[:56].min() > 0 and moved[100:].max() == 0                 # the left half of the map, the left half of the image
+        assert moved[:56].min() > 0 and moved[100:].max() == 0                 # the map's left half, the image's
         close(placed.for_inference()(y), placed(y))
         assert placed(torch.zeros(1, 1, 64, 64)).shape == (1, 3, 64, 64)
 
@@ -301,7 +379,12 @@ def test_a_shallow_renderer_answers_nearby_only_and_knows_its_place():
     (lambda: PGGenerator(16, fmap_max=8)(torch.zeros(1, 512), 32), 'from 4 to 16'),
     (lambda: PGGenerator(16, fmap_max=8)(torch.zeros(1, 512), alpha=2), 'alpha is 2'),
     (lambda: PGDiscriminator(16, fmap_max=8)(torch.zeros(1, 3, 32, 32)), 'from 4 to 16'),
-    (lambda: PGDiscriminator(100), 'nearest is 128')])
+    (lambda: PGDiscriminator(100), 'nearest is 128'),
+    (lambda: PGGenerator(16, fmaps={4: 8, 16: 4}), 'no entry for resolution 8'),
+    (lambda: PGDiscriminator(16, fmaps=[8, 8]), '3 resolutions'), (lambda: widths(16, fmaps=[8, 8, 8, 8]), '3 resolutions'),
+    (lambda: widths(8, fmaps={4: 8, 8: 0}), '0 feature maps at resolution 8'),
+    (lambda: widths(8, fmaps={4: 8, 8: 4.5}), 'whole numbers'), (lambda: widths(8, fmaps={4: 8, 8: 4, 12: 3}), 'whole numbers'),
+    (lambda: widths(8, fmaps={'small': 8}), 'whole numbers'), (lambda: widths(8, fmaps=128), 'whole numbers')])
 def test_errors_are_one_line(wrong, message):
     with pytest.raises(ValueError) as e: wrong()
     assert message in str(e.value) and '\n' not in str(e.value)

@@ -95,12 +95,12 @@ class Fade(Callback):
     "Follows a growth schedule: `fade.size` and `fade.alpha` hold for the coming step"
     def __init__(self, growth:Growth): # the schedule
         self.growth = growth
-        self.size, self.alpha, _ = growth.at(0)
+        self.size, self.alpha, _ = growth.at(0)[:3]
     def before_fit(self, trainer): self._set(trainer, trainer.step)
     def before_step(self, trainer): self._set(trainer, trainer.step)
     def after_fit(self, trainer): self._set(trainer, trainer.step)  # of a finished run that was resumed there was no step
     def _set(self, trainer, step):
-        self.size, self.alpha, batch_size = self.growth.at(step)
+        self.size, self.alpha, batch_size = self.growth.at(step)[:3]
         if batch_size: trainer.data.batch_size = batch_size
 
 # %% ../../nbs/05_train/03_callbacks.ipynb #06d5de64
