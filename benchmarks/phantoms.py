@@ -22,6 +22,7 @@ def rows(peak: float) -> list[Row]:
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        return [Row(f'phantom {kind} 128 px', rate(kind), 'images/s', TARGET, 'one core', more=True) for kind in PHANTOMS]
+        return [Row(f'phantom {kind} 128 px', rate(kind), 'images/s', TARGET, 'one core', more=True)
+                for kind in PHANTOMS]
     finally:
         cv2.setNumThreads(threads)

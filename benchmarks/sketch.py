@@ -77,6 +77,8 @@ def rows(peak: float) -> list[Row]:
         Row('sketch 512 px / bare OpenCV calls', ours / bare, 'x', 1.5, f'{ours:.2f} ms against {bare:.2f} ms'),
         Row('plain chain 256 px', plain, 'ms', None, "the paper's five steps alone"),
         Row('sketch 256 px', one / 8, 'ms', None, 'all the cures included'),
-        Row('sketch batch of 8 / one by one, 256 px', one / many, 'x', 1., f'images/s: {8e3 / many:.0f} against {8e3 / one:.0f}', more=True),
-        Row('sketch batch of 8 by PyTorch / one by one, 256 px', one / by_torch, 'x', None, f'images/s on this CPU: {8e3 / by_torch:.0f}; the path for GPUs'),
+        Row('sketch batch of 8 / one by one, 256 px', one / many, 'x', 1.,
+            f'images/s: {8e3 / many:.0f} against {8e3 / one:.0f}', more=True),
+        Row('sketch batch of 8 by PyTorch / one by one, 256 px', one / by_torch, 'x', None,
+            f'images/s on this CPU: {8e3 / by_torch:.0f}; the path for GPUs'),
     ]

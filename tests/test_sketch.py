@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from medsketch.core import from_uint8
+import medsketch.sketch
+from medsketch.core import from_uint8, to_uint8, torch_rng
 from medsketch.data import ImageData, phantom_data
 from medsketch.data.readers import image_to_square
 from medsketch.phantoms import PHANTOMS, phantom
@@ -20,18 +21,21 @@ from medsketch.sketch import (
     add_sketches,
     canny_sketch,
     contour_sketch,
+    edges,
     get_style,
     sketch_file,
     sobel_sketch,
     sobel_sketch_batch,
     sobel_sketch_torch,
+    variants,
 )
 
 DATA = Path(os.environ.get('MEDSKETCH_DATA', Path(__file__).parents[2]/'shared/data'))
 CHASE = DATA/'retina/chasedb1'
-REAL = {'fundus': 'retina/hrf', 'chest_xray': 'chest_xray/mhh_covid', 'lung_ct': 'ct/lung_pet_ct_dx', 'brain_mri': 'brain_mri/brisc2025',
-        'ultrasound': 'ultrasound/busi', 'generic': 'endoscopy/kvasir_seg'}
-needs_data = pytest.mark.skipif(not CHASE.exists(), reason=f"no real images at {DATA} (MEDSKETCH_DATA names another place)")
+REAL = {'fundus': 'retina/hrf', 'chest_xray': 'chest_xray/mhh_covid', 'lung_ct': 'ct/lung_pet_ct_dx',
+        'brain_mri': 'brain_mri/brisc2025', 'ultrasound': 'ultrasound/busi', 'generic': 'endoscopy/kvasir_seg'}
+needs_data = pytest.mark.skipif(
+    not CHASE.exists(), reason=f"no real images at {DATA} (MEDSKETCH_DATA names another place)")
 near = lambda a: cv2.dilate(a.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
 read = lambda path, size: image_to_square(np.asarray(Image.open(path).convert('RGB')), size, 'letterbox')
 
@@ -40,7 +44,8 @@ def gaps(images, style):
     out = []
     for binary in (False, True):
         s = replace(STYLES[style], binary=binary)
-        a, b = np.stack([sobel_sketch(i, s) for i in images]), sobel_sketch_torch(torch.stack([torch.as_tensor(i) for i in images]), s)
+        a = np.stack([sobel_sketch(i, s) for i in images])
+        b = sobel_sketch_torch(torch.stack([torch.as_tensor(i) for i in images]), s)
         d = np.abs(a - b[:, 0].numpy())
         assert .005 < a.mean() < .4, (style, a.mean()) # something is drawn, and not everything
         out.append(d.mean() if binary else d.max())
@@ -65,7 +70,8 @@ def chase_scores(size, cover=.5):
     "Mean recall and precision over CHASE_DB1; a pixel is vessel if `cover` of its area is"
     recall, precision = [], []
     for f in sorted((CHASE/'images').iterdir()):
-        vessel = image_to_square(np.asarray(Image.open(CHASE/'masks'/f'{f.stem}.png').convert('L')), size, 'letterbox') >= cover * 255
+        mask = np.asarray(Image.open(CHASE/'masks'/f'{f.stem}.png').convert('L'))
+        vessel = image_to_square(mask, size, 'letterbox') >= cover * 255
         drawn = sobel_sketch(read(f, size), 'fundus') > 0
         recall.append((vessel & near(drawn)).sum() / vessel.sum())
         precision.append((drawn & near(vessel)).sum() / drawn.sum())
@@ -73,7 +79,8 @@ def chase_scores(size, cover=.5):
     return np.mean(recall), np.mean(precision)
 
 @needs_data
-@pytest.mark.parametrize('size,cover,least', [(256, .5, (.80, .80)), (256, .25, (.75, .80)), (128, .5, (.80, .75)), (512, .5, (.68, .66))])
+@pytest.mark.parametrize('size,cover,least', [
+    (256, .5, (.80, .80)), (256, .25, (.75, .80)), (128, .5, (.80, .75)), (512, .5, (.68, .66))])
 def test_vessels_of_chase_are_found(size, cover, least):
     recall, precision = chase_scores(size, cover)
     assert recall >= least[0] and precision >= least[1], (recall, precision)
@@ -117,7 +124,8 @@ def test_paths_agree_on_the_gpu(style):
     assert out.is_cuda
     assert (out.cpu() - sobel_sketch_batch(x, style)).abs().mean() <= 1e-3
 
-@pytest.mark.parametrize('image', [np.zeros((64, 64), np.uint8), np.full((64, 64, 3), 255, np.uint8), torch.zeros(4, 32, 32)])
+@pytest.mark.parametrize('image', [
+    np.zeros((64, 64), np.uint8), np.full((64, 64, 3), 255, np.uint8), torch.zeros(4, 32, 32)])
 @pytest.mark.parametrize('style', list(STYLES))
 def test_empty_images_give_empty_sketches(image, style):
     assert sobel_sketch(image, style).max() == 0
@@ -156,8 +164,8 @@ def test_canny_finds_an_edge():
 @pytest.mark.parametrize('method', METHODS)
 def test_files_become_dark_strokes_on_white(tmp_path, method):
     p = phantom('fundus', 256, seed=3)
-    if method == 'contour': Image.fromarray(p['mask'].numpy().astype(np.uint8)[:200]).save(tmp_path/'in.png')
-    else: Image.fromarray(((p['image'].movedim(0, -1).numpy() + 1) * 127.5).astype(np.uint8)[:200]).save(tmp_path/'in.png')
+    pixels = p['mask'].numpy().astype(np.uint8) if method == 'contour' else to_uint8(p['image'])
+    Image.fromarray(pixels[:200]).save(tmp_path/'in.png')
     sketch_file(tmp_path/'in.png', tmp_path/'deep/out.png', method, 'fundus', size=128)
     s = np.asarray(Image.open(tmp_path/'deep/out.png'))
     assert s.shape == (128, 128) and s.dtype == np.uint8
@@ -167,9 +175,40 @@ def test_files_become_dark_strokes_on_white(tmp_path, method):
 def test_a_data_set_is_drawn_once_and_left_as_it_was():
     ds = phantom_data('fundus', 3, 64)
     out = add_sketches(ds, style='fundus', soft=False)
-    assert ds.sketches is None and out.sketches.shape == (3, 64, 64) and set(np.unique(out.sketches)) == {0, 255}
+    assert ds.sketches is None and out.sketches.shape == (3, 64, 64)
+    assert set(np.unique(out.sketches)) == {0, 255}
     soft = add_sketches(ds, style='fundus').sketches
     assert len(np.unique(soft)) > 20 and np.corrcoef(soft.ravel(), out.sketches.ravel())[0, 1] > .8
     bare = ImageData(ds.images)
     with pytest.raises(ValueError, match='need masks'): add_sketches(bare, method='contour')
     with pytest.raises(ValueError, match='unknown sketch method'): add_sketches(ds, method='pencil')
+
+@pytest.mark.parametrize('sigma', [.2, .3, .8, 1.25, 2., 8.])
+@pytest.mark.parametrize('shape', [(64, 64), (48, 96)])
+def test_the_blur_of_a_batch_is_that_of_opencv(sigma, shape):
+    x = torch.randn(2, 3, *shape, generator=torch_rng(1))
+    ours = edges._blur_batch(x, sigma)
+    theirs = [edges._blur(image.movedim(0, -1).contiguous().numpy(), sigma) for image in x]
+    assert torch.allclose(ours, torch.from_numpy(np.stack(theirs)).movedim(-1, 1), atol=2e-6)
+
+def test_variants_of_a_sketch_differ_and_keep_their_image():
+    ds = phantom_data('fundus', 2, 128)
+    many = variants.add_variants(ds, 'fundus')
+    assert len(many) == len(variants.VARIANTS) * 2 == len({s.tobytes() for s in many.sketches})
+    assert (many.images[:6] == ds.images[0]).all() and (many.images[6:] == ds.images[1]).all()
+    batch = dict(sketch=torch.from_numpy(many.sketches[:, None]).float() / 255, image=torch.zeros(12, 3, 128, 128))
+    a, b = (variants.jitter(batch, torch_rng(3), p=1.)['sketch'] for _ in range(2))
+    assert torch.equal(a, b) and (a != batch['sketch']).flatten(1).any(1).all() and a.min() >= 0 and a.max() <= 1
+    assert torch.equal(variants.jitter(batch, torch_rng(3), p=0.)['sketch'], batch['sketch'])
+
+def test_exchanged_patches_stay_outside_of_what_is_to_be_kept():
+    s = (torch.rand(6, 1, 64, 64, generator=torch_rng(0)) < .1).float()
+    new, stays = variants.exchange_patches(s, rng=torch_rng(1))
+    assert (new != s).flatten(1).any(1).all() and .2 < stays.mean() < 1
+    assert ((new - s).abs() * stays).max() == 0
+
+@pytest.mark.parametrize('old,new', [
+    ('DRAFTS', 'VARIANTS'), ('drafts', 'sketch_variants'), ('add_drafts', 'add_variants'),
+    ('wobble', 'jitter'), ('edit', 'exchange_patches')])
+def test_old_names_still_lead_to_the_same(old, new):
+    assert getattr(variants, old) is getattr(variants, new) is getattr(medsketch.sketch, new)

@@ -23,54 +23,76 @@ def push(
     r = np.linalg.norm(d, axis=-1, keepdims=True) + 1e-6
     return points + d/r * strength * np.exp(-(r/reach)**2)
 
+# %% ../../nbs/01_phantoms/04_brain_mri.ipynb #804cbf14
+def _surface_sulci(rng, egg, k):
+    "k sulci that run inward from the outline, deep and shallow in turn"
+    around = np.linspace(0, 2*np.pi, k, endpoint=False) + rng.uniform(-.045, .045, k)
+    around -= .1*np.sin(2*around) # as many on the long sides
+    inward = around + np.pi + rng.uniform(-.3, .3, k)
+    start = egg(around) + .012*np.stack([np.cos(around), np.sin(around)], -1)
+    deep = np.where(np.arange(k) % 2, rng.uniform(.05, .09, k), rng.uniform(.10, .16, k))
+    return walk(rng, start, inward, deep, .11)
+
+def _midline_sulci(rng, b, level, m):
+    "2 m sulci on either side of the midline, and the fissure itself"
+    ends = np.array([(-1.02, -.42), (.42, 1.02)]) if level < .6 else np.array([(-1.02, 0.), (0., 1.02)])
+    y = np.concatenate([rng.uniform(*e, m) for e in ends]) * b + .5
+    aim = np.where(np.tile([-1, 1], m) > 0, 0, np.pi) + rng.normal(0, .3, 2*m)
+    inner = walk(rng, np.stack([np.full(2*m, .5), y], -1), aim, rng.uniform(.04, .1, 2*m), .13)
+    fissure = [[(.5, .5 + b*e[0]), (.5 + rng.normal(0, .004), .5 + b*e.mean()), (.5, .5 + b*e[1])] for e in ends]
+    return inner, curve(fissure, 16)
+
+# %% ../../nbs/01_phantoms/04_brain_mri.ipynb #2db8eeae
 def brain_sulci(
     rng, # numpy generator
     a:float, b:float, # half axes of the brain, right-left and front-back
     level:float, # 0 at the basal ganglia, 1 near the top of the head
 ) -> tuple[np.ndarray, Tree]: # (96, 2) outline of the brain, sulci as a tree
     "Outline of the brain, and the folds that run inward from it and from the midline"
-    t = np.linspace(0, 2*np.pi, 96, endpoint=False)
     egg = lambda t: .5 + np.stack([a * np.cos(t) * (1 + .07*np.sin(t)), b * np.sin(t)], -1) # wider behind
-    k = 44
-    around = np.linspace(0, 2*np.pi, k, endpoint=False) + rng.uniform(-.045, .045, k)
-    around -= .1*np.sin(2*around) # as many on the long sides
-    inward = around + np.pi + rng.uniform(-.3, .3, k)
-    outer = walk(rng, egg(around) + .012*np.stack([np.cos(around), np.sin(around)], -1), inward, np.where(np.arange(k) % 2, rng.uniform(.05, .09, k), rng.uniform(.10, .16, k)), .11)
-    ends = np.array([(-1.02, -.42), (.42, 1.02)]) if level < .6 else np.array([(-1.02, 0.), (0., 1.02)])
-    m = 9
-    y = np.concatenate([rng.uniform(*e, m) for e in ends]) * b + .5
-    side = np.tile([-1, 1], m)
-    inner = walk(rng, np.stack([np.full(2*m, .5), y], -1), np.where(side > 0, 0, np.pi) + rng.normal(0, .3, 2*m), rng.uniform(.04, .1, 2*m), .13)
-    fissure = curve([[(.5, .5 + b*e[0]), (.5 + rng.normal(0, .004), .5 + b*e.mean()), (.5, .5 + b*e[1])] for e in ends], 16)
-    sylvian = [(s*a*1.0, -.08*b) for s in (-1, 1)]
-    sylvian = walk(rng, .5 + np.array(sylvian), [.35, np.pi - .35], [.17*(level < .6) + .01]*2, .05)[::-1]
+    k, m = 44, 9
+    outer = _surface_sulci(rng, egg, k)
+    inner, fissure = _midline_sulci(rng, b, level, m)
+    sylvian = .5 + np.array([(s*a*1.0, -.08*b) for s in (-1, 1)])
+    sylvian = walk(rng, sylvian, [.35, np.pi - .35], [.17*(level < .6) + .01]*2, .05)[::-1]
     trunks = np.concatenate([outer, inner, fissure, sylvian])
     width = np.concatenate([rng.uniform(.0045, .009, k), rng.uniform(.004, .007, 2*m), [.008]*2, [.012]*2])
     tree = branch(rng, trunks, width, (1,), ratio=1., angle=(.8, 1.4), reach=.6, wander=.12)
     keep = (tree.order == 0) | (tree.root < k)
     tree.width[:k] *= 1 + 1.5*np.exp(-np.linspace(0, 5, 16)) # sulci open towards the surface
-    return egg(t) + rng.normal(0, .0015, (96, 2)), Tree(*(v[keep] for v in tree))
+    outline = egg(np.linspace(0, 2*np.pi, 96, endpoint=False)) + rng.normal(0, .0015, (96, 2))
+    return outline, Tree(*(v[keep] for v in tree))
 
+# %% ../../nbs/01_phantoms/04_brain_mri.ipynb #827a7dc5
+def _upper(w):
+    "Outlines of one side, above the nuclei: the crescent of a ventricle of width w, and the caudate"
+    horn = [(.008, -.10), (.02 + w*.6, -.155), (.03 + w, -.165), (.024 + w*.8, -.10), (.014 + w*.35, -.01),
+            (.03 + w*.6, .08), (.055 + w, .155), (.02 + w*.5, .125), (.008, .03)]
+    return [horn], [[(.038 + w, -.13), (.052 + w, -.08), (.04 + w*.6, .0), (.026 + w*.5, -.03)]]
+
+def _lower(w):
+    "Outlines of one side, at the basal ganglia: both horns; thalamus, caudate and putamen"
+    front = [(.008, -.12), (.035 + w, -.165), (.04 + w*.6, -.13), (.02 + w*.3, -.08), (.008, -.06)]
+    back = [(.07, .10), (.085 + w*.6, .13), (.075 + w*.7, .21), (.06, .23), (.06, .16)]
+    thalamus = [(.012, -.035), (.05, -.03), (.07, .03), (.05, .075), (.014, .05)]
+    caudate = [(.05 + w*.7, -.125), (.075 + w*.5, -.10), (.07, -.06), (.045, -.07)]
+    putamen = [(.10, -.10), (.135, -.06), (.14, .0), (.12, .045), (.10, -.02)]
+    return [front, back], [thalamus, caudate, putamen]
+
+# %% ../../nbs/01_phantoms/04_brain_mri.ipynb #8c3ba29a
 def brain_deep(
     rng, # numpy generator
     level:float, # 0 at the basal ganglia, 1 near the top of the head
 ) -> tuple[list, list]: # outlines of ventricles, of deep grey nuclei
-    "Ventricles and deep grey nuclei: frontal and occipital horns with the nuclei below, crescents above, nothing at the top"
+    "Ventricles and deep grey nuclei: horns with the nuclei below, crescents above, nothing at the top"
     if level > .75: return [], []
-    swell, ventricles, nuclei = rng.uniform(.7, 1.5), [], []
+    swell, found = rng.uniform(.7, 1.5), ([], [])
+    parts = _upper(.034 * swell) if level > .35 else _lower(.026 * swell)
     for s in (-1, 1):
-        place = lambda p: curve(.5 + np.asarray(p) * [s, 1] + rng.normal(0, .0025, np.shape(p)), 64, True)
-        if level > .35:
-            w = .034 * swell
-            ventricles.append(place([(.008, -.10), (.02 + w*.6, -.155), (.03 + w, -.165), (.024 + w*.8, -.10), (.014 + w*.35, -.01), (.03 + w*.6, .08), (.055 + w, .155), (.02 + w*.5, .125), (.008, .03)]))
-            nuclei.append(place([(.038 + w, -.13), (.052 + w, -.08), (.04 + w*.6, .0), (.026 + w*.5, -.03)]))
-        else:
-            w = .026 * swell
-            ventricles.append(place([(.008, -.12), (.035 + w, -.165), (.04 + w*.6, -.13), (.02 + w*.3, -.08), (.008, -.06)]))
-            ventricles.append(place([(.07, .10), (.085 + w*.6, .13), (.075 + w*.7, .21), (.06, .23), (.06, .16)]))
-            nuclei += [place([(.012, -.035), (.05, -.03), (.07, .03), (.05, .075), (.014, .05)]), # thalamus
-                       place([(.05 + w*.7, -.125), (.075 + w*.5, -.10), (.07, -.06), (.045, -.07)]), # caudate
-                       place([(.10, -.10), (.135, -.06), (.14, .0), (.12, .045), (.10, -.02)])] # putamen
+        for out, outlines in zip(found, parts):
+            for p in outlines:
+                out.append(curve(.5 + np.asarray(p) * [s, 1] + rng.normal(0, .0025, np.shape(p)), 64, True))
+    ventricles, nuclei = found
     if level <= .35: ventricles.append(blob(rng, (.5, .515), np.array([.006*swell, .035]), .05)) # third ventricle
     return ventricles, nuclei
 
@@ -96,6 +118,39 @@ def tumour_outlines(
     oedema = blob(rng, centre, radius * around * rng.uniform(1.75, 2.2), .25, 13)
     return dict(centre=centre, radius=radius, oedema=oedema, enhancing=core, necrosis=necrosis)
 
+# %% ../../nbs/01_phantoms/04_brain_mri.ipynb #6e97d7a5
+def _brain_tissue(rng, n, a, b, level, shift):
+    "Coverage of the tissues of a brain; `shift` moves points away from a tumour"
+    outline, sulci = brain_sulci(rng, a, b, level)
+    ventricles, nuclei = brain_deep(rng, level)
+    brain, folds = fill(n, outline), .85*stroke(n, shift(sulci.points), sulci.width)
+    depth = cv2.distanceTransform((np.maximum(1 - brain, folds) < .5).astype(np.uint8), cv2.DIST_L2, 5) / n
+    ribbon = rng.uniform(.0165, .02) + .0025*clouds(rng, n, 20) # thickness of the cortex
+    return dict(brain=brain, tissue=brain * (1 - folds), white=np.clip((depth - ribbon) * 160 + .5, 0, 1),
+                nucleus=.75 * blur(fill(n, *map(shift, nuclei)), .003), ventricle=fill(n, *map(shift, ventricles)))
+
+# %% ../../nbs/01_phantoms/04_brain_mri.ipynb #7fedbed1
+def _paint_healthy(n, cover):
+    "Image and mask of a brain without a tumour"
+    brain, tissue, white, nucleus, ventricle = cover.values()
+    image = over(np.zeros((n, n, 4), np.float32), brain, MR_TABLE['fluid'])
+    for c, name in ((tissue, 'grey'), (white * tissue, 'white'), (nucleus, 'grey'), (ventricle, 'fluid')):
+        over(image, c, MR_TABLE[name])
+    mask = np.where(brain > .5, 3, 0)
+    for k, c in ((2, tissue), (1, white * tissue * (1 - nucleus)), (4, ventricle)): mask[c > .5] = k
+    mask[(nucleus > .4) & (ventricle <= .5)] = 2
+    return image, mask
+
+def _paint_tumour(rng, n, mass, cover, image, mask):
+    "Oedema, enhancing rim and necrosis, painted over a brain"
+    brain, tissue, white, _, ventricle = cover.values()
+    free = tissue * (1 - ventricle) * (.45 + .55*white) # oedema spreads along white matter
+    for k, name, soft in ((5, 'oedema', .006), (6, 'enhancing', .003), (7, 'necrosis', .003)):
+        c = fill(n, mass[name]) * (free if k == 5 else brain)
+        over(image, blur(c, soft), MR_TABLE[name] * (1 + .08*clouds(rng, n, 16)[..., None] * (k > 5)))
+        mask[(c > .5) & (brain > .5)] = k
+
+# %% ../../nbs/01_phantoms/04_brain_mri.ipynb #f8532721
 def draw_brain_mri(
     rng, # numpy generator
     n:int, # side, pixels
@@ -106,27 +161,11 @@ def draw_brain_mri(
     ill, mass = rng.uniform() < .6, tumour_outlines(rng, a, b)
     ill = ill if tumour is None else tumour
     shift = lambda p: push(p, mass['centre'], .25 * mass['radius'] * ill)
-    outline, sulci = brain_sulci(rng, a, b, level)
-    ventricles, nuclei = brain_deep(rng, level)
-    brain, folds = fill(n, outline), .85*stroke(n, shift(sulci.points), sulci.width)
-    ventricle = fill(n, *map(shift, ventricles))
-    depth = cv2.distanceTransform((np.maximum(1 - brain, folds) < .5).astype(np.uint8), cv2.DIST_L2, 5) / n
-    ribbon = rng.uniform(.0165, .02) + .0025*clouds(rng, n, 20)
-    white = np.clip((depth - ribbon) * 160 + .5, 0, 1)
-    nucleus = .75 * blur(fill(n, *map(shift, nuclei)), .003)
-    tissue = brain * (1 - folds)
-    image = over(np.zeros((n, n, 4), np.float32), brain, MR_TABLE['fluid'])
-    for cover, name in ((tissue, 'grey'), (white * tissue, 'white'), (nucleus, 'grey'), (ventricle, 'fluid')): over(image, cover, MR_TABLE[name])
-    mask = np.where(brain > .5, 3, 0)
-    for k, cover in ((2, tissue), (1, white * tissue * (1 - nucleus)), (4, ventricle)): mask[cover > .5] = k
-    mask[(nucleus > .4) & (ventricle <= .5)] = 2
-    if ill:
-        free = tissue * (1 - ventricle) * (.45 + .55*white) # oedema spreads along white matter
-        for k, name, soft in ((5, 'oedema', .006), (6, 'enhancing', .003), (7, 'necrosis', .003)):
-            cover = fill(n, mass[name]) * (free if k == 5 else brain)
-            over(image, blur(cover, soft), MR_TABLE[name] * (1 + .08*clouds(rng, n, 16)[..., None] * (k > 5)))
-            mask[(cover > .5) & (brain > .5)] = k
-    image *= (1 + .03*clouds(rng, n, 24) + .07*clouds(rng, n, 3))[..., None] * brain[..., None] # texture and uneven coil
+    cover = _brain_tissue(rng, n, a, b, level, shift)
+    image, mask = _paint_healthy(n, cover)
+    if ill: _paint_tumour(rng, n, mass, cover, image, mask)
+    brain = cover['brain'][..., None]
+    image *= (1 + .03*clouds(rng, n, 24) + .07*clouds(rng, n, 3))[..., None] * brain # texture and uneven coil
     image = cv2.GaussianBlur(image, (0, 0), .0027*n)
     noise = .018 * rng.standard_normal((n, n, 4), np.float32)
-    return (image + noise) * (brain > .5)[..., None], mask
+    return (image + noise) * (brain > .5), mask

@@ -11,49 +11,61 @@ import numpy as np
 from .drawing import blur, branch, clouds, curve, fill, stroke, tube, walk
 
 # %% ../../nbs/01_phantoms/02_chest_xray.ipynb #55d26ba4
+def _trunk(rng, to_picture):
+    "Outline of neck, shoulders, arms and flanks"
+    neck, shoulder, flank = rng.uniform(.085, .11), rng.uniform(.10, .16), rng.uniform(.40, .47)
+    half = [(neck, -.1), (neck*1.1, .05), (.24, shoulder - .03), (.44, shoulder + .02), (.60, .26), (.62, .42),
+            (.44, .5), (flank, .7), (flank, 1.1)]
+    return np.concatenate([curve(to_picture(half, 1), 48), curve(to_picture(half, -1), 48)[::-1]])
+
+def _lung(rng, to_picture, low, side):
+    "Outline of one lung: side -1 is the patient's right"
+    deep = low + rng.normal(0, .012) + (.025 if side > 0 else 0)
+    p = [(.12, .11), (.215, .165), (.28, .30), (.315, .48), (.328, .64 + deep), (.325, .765 + deep),
+         (.275, .715 + deep), (.175, .665 + deep), (.075, .70 + deep), (.055, .55), (.05, .40), (.05, .27), (.07, .15)]
+    return curve(to_picture(np.array(p) + rng.normal(0, .006, (13, 2)), side), 96, True)
+
+def _heart(rng, to_picture, low, big):
+    "Outline of the heart; big is its relative width"
+    p = [(-.04, .30), (.03, .245), (.06, .28), (.055, .36), (.10, .44), (.16*big, .54), (.195*big, .65 + low),
+         (.13*big, .72 + low), (0, .73 + low), (-.075*big, .69 + low), (-.088*big, .59), (-.055, .46)]
+    return curve(to_picture(np.array(p) + rng.normal(0, .004, (12, 2)), 1), 96, True)
+
+# %% ../../nbs/01_phantoms/02_chest_xray.ipynb #b03f2c56
 def chest_outlines(
     rng, # numpy generator
-) -> dict: # closed outlines of trunk, lungs (right, left), heart; place: puts (x, y) of an upright chest centred on 0 into the picture; low: how far the diaphragm hangs
-    "The soft parts of a chest, as outlines in the unit square"
+) -> dict: # outlines trunk, lungs (right, left), heart; to_picture: (points, side) -> points; low: of the diaphragm
+    "The soft parts of a chest, as outlines in the unit square; `to_picture` maps an upright chest centred on 0 into it"
     wide, low, cx = rng.uniform(.9, 1.06), rng.uniform(-.03, .05), .5 + rng.normal(0, .012)
     zoom, tilt = rng.uniform(1, 1.16), rng.normal(0, .02)
     turn = zoom * np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
-    place = lambda p, side: (np.asarray(p) * [side * wide, 1] - [0, .42]) @ turn + [cx, .45]
-    jitter = lambda p, s=.006: np.asarray(p, float) + rng.normal(0, s, np.shape(p))
-    def lung(side):
-        "Outline of one lung: side -1 is the patient's right"
-        deep = low + rng.normal(0, .012) + (.025 if side > 0 else 0)
-        p = [(.12, .11), (.215, .165), (.28, .30), (.315, .48), (.328, .64 + deep), (.325, .765 + deep), (.275, .715 + deep),
-             (.175, .665 + deep), (.075, .70 + deep), (.055, .55), (.05, .40), (.05, .27), (.07, .15)]
-        return curve(place(jitter(p), side), 96, True)
-    big = rng.uniform(.85, 1.15)
-    heart = [(-.04, .30), (.03, .245), (.06, .28), (.055, .36), (.10, .44), (.16*big, .54), (.195*big, .65 + low),
-             (.13*big, .72 + low), (0, .73 + low), (-.075*big, .69 + low), (-.088*big, .59), (-.055, .46)]
-    neck, shoulder, flank = rng.uniform(.085, .11), rng.uniform(.10, .16), rng.uniform(.40, .47)
-    half = [(neck, -.1), (neck*1.1, .05), (.24, shoulder - .03), (.44, shoulder + .02), (.60, .26), (.62, .42), (.44, .5), (flank, .7), (flank, 1.1)]
-    trunk = np.concatenate([curve(place(half, 1), 48), curve(place(half, -1), 48)[::-1]])
-    return dict(trunk=trunk, lungs=[lung(-1), lung(1)], heart=curve(place(jitter(heart, .004), 1), 96, True), place=place, low=low)
+    to_picture = lambda p, side: (np.asarray(p) * [side * wide, 1] - [0, .42]) @ turn + [cx, .45]
+    big, trunk = rng.uniform(.85, 1.15), _trunk(rng, to_picture)
+    lungs = [_lung(rng, to_picture, low, side) for side in (-1, 1)]
+    heart = _heart(rng, to_picture, low, big)
+    return dict(trunk=trunk, lungs=lungs, heart=heart, to_picture=to_picture, low=low)
 
+# %% ../../nbs/01_phantoms/02_chest_xray.ipynb #3834b8e2
 def chest_bones(
     rng, # numpy generator
     chest:dict, # from `chest_outlines`
 ) -> dict: # lines: ribs (2·10, T, 2), clavicles (2, T, 2), scapulae (2, T, 2); vertebrae: (V, 2) centres
     "Ribs, clavicles, inner borders of the shoulder blades and the spine"
-    n, place = 10, chest['place']
+    n, to_picture = 10, chest['to_picture']
     level = .105 + np.arange(n) * (.063 + chest['low']*.1) + rng.normal(0, .003, n) # where each rib leaves the spine
-    half = np.interp(level + .07, [.1, .2, .34, .5, .7, 1], [.15, .235, .295, .32, .335, .34]) # half width of the cage there
+    half = np.interp(level + .07, [.1, .2, .34, .5, .7, 1], [.15, .235, .295, .32, .335, .34]) # half width there
     drop = rng.uniform(.85, 1.2) * (.5 + .5*np.clip(np.arange(n)/3, 0, 1))
     x = np.stack([half*0 + .03, half*.25, half*.62, half*.9, half*1.01, half*.9, half*.68, half*.45])
     y = level + np.array([0, -.012, .008, .055, .105, .155, .185, .195])[:, None] * drop
     right = np.stack([x, y], -1).transpose(1, 0, 2)
-    ribs = np.concatenate([place(right, -1), place(right, 1)]) + rng.normal(0, .002, (2*n, 8, 2))
+    ribs = np.concatenate([to_picture(right, -1), to_picture(right, 1)]) + rng.normal(0, .002, (2*n, 8, 2))
     tilt = rng.uniform(-.02, .03)
     clavicle = [(.03, .155), (.10, .135 - tilt/2), (.2, .125 - tilt), (.30, .085 - tilt), (.37, .085 - tilt)]
     scapula = [(.42, .12), (.34, .15), (.305, .22), (.315, .32), (.345, .42), (.37, .38), (.41, .25)]
-    both = lambda p: curve(np.stack([place(p, s) + rng.normal(0, .004, np.shape(p)) for s in (-1, 1)]), 32)
+    both = lambda p: curve(np.stack([to_picture(p, s) + rng.normal(0, .004, np.shape(p)) for s in (-1, 1)]), 32)
     spine = np.stack([rng.normal(0, .002, 26), np.arange(26) * .047 - .06], -1)
     return dict(ribs=curve(ribs, 40), clavicles=both(clavicle), scapulae=both(scapula),
-                vertebrae=place(spine, 1))
+                vertebrae=to_picture(spine, 1))
 
 # %% ../../nbs/01_phantoms/02_chest_xray.ipynb #23e5ab85
 def chest_vessels(
@@ -63,42 +75,67 @@ def chest_vessels(
 ) -> np.ndarray: # (n, n) float32
     "Pulmonary vessels, fanning out from the hila"
     side = np.repeat([-1, 1], 9)
-    start = chest['place'](np.stack([side*.065, rng.normal(.43, .025, 18)], -1), 1)
+    start = chest['to_picture'](np.stack([side*.065, rng.normal(.43, .025, 18)], -1), 1)
     fan = np.tile(np.linspace(-1.2, 1.35, 9), 2) + rng.normal(0, .12, 18)
     trunks = walk(rng, start, np.where(side > 0, fan, np.pi - fan), rng.uniform(.14, .28, 18), .1)
     tree = branch(rng, trunks, rng.uniform(.006, .011, 18), (3, 2), angle=(.3, .8), wander=.16)
     return stroke(n, tree.points, tree.width)
 
-def draw_chest_xray(
-    rng, # numpy generator
-    n:int, # side, pixels
-) -> tuple[np.ndarray, np.ndarray]: # (n, n, 1) image in [0, 1], (n, n) mask
-    "A frontal chest X-ray"
+# %% ../../nbs/01_phantoms/02_chest_xray.ipynb #58ddeb7f
+_VERTEBRA = np.array([(-.034, -.018), (.034, -.018), (.032, 0), (.034, .018), (-.034, .018), (-.032, 0)])
+
+def _chest_parts(rng, n):
+    "Coverage of every structure, and what they were drawn from"
     chest = chest_outlines(rng)
     bones = chest_bones(rng, chest)
-    place = lambda *p: chest['place'](p, 1)
-    trunk, lungs, heart = fill(n, chest['trunk']), fill(n, *chest['lungs']), fill(n, chest['heart'])
-    rib_width = rng.uniform(.017, .023)
+    line = lambda *p: chest['to_picture'](p, 1)
+    bronchi = line((.008, .32), (-.05, .39), (-.085, .44)), line((.008, .32), (.06, .39), (.1, .42))
+    cover = dict(trunk=fill(n, chest['trunk']), lungs=fill(n, *chest['lungs']), heart=fill(n, chest['heart']),
+                 spine=fill(n, *[c + _VERTEBRA for c in bones['vertebrae']]),
+                 column=stroke(n, [bones['vertebrae']], .066),
+                 windpipe=stroke(n, curve([line((0, -.1), (.004, .15), (.008, .33))]), .03),
+                 bronchi=stroke(n, curve(bronchi), .022))
+    return chest, bones, cover
+
+# %% ../../nbs/01_phantoms/02_chest_xray.ipynb #81cafe4a
+def _chest_density(rng, n, chest, bones, cover, rib_width):
+    "Attenuation along the beam: (n, n) float32"
+    trunk, heart = cover['trunk'], cover['heart']
     back, front = bones['ribs'][:, :24], bones['ribs'][:, 23:]
-    spine = fill(n, *[c + np.array([(-.034, -.018), (.034, -.018), (.032, 0), (.034, .018), (-.034, .018), (-.032, 0)]) for c in bones['vertebrae']])
-    column = stroke(n, [bones['vertebrae']], .066)
-    windpipe = stroke(n, curve([place((0, -.1), (.004, .15), (.008, .33))]), .03)
-    bronchi = stroke(n, curve([place((.008, .32), (-.05, .39), (-.085, .44)), place((.008, .32), (.06, .39), (.1, .42))]), .022)
-    air = blur(lungs, .004) * (1 - .8*blur(heart, .006))
+    air = blur(cover['lungs'], .004) * (1 - .8*blur(heart, .006))
+    belly = np.clip((np.arange(n, dtype=np.float32)[:, None]/n - .6 - chest['low']) * 4, 0, 1)
     density = .50*blur(trunk, .025) * trunk + .10*blur(stroke(n, [bones['vertebrae']], .22), .05)
-    density += .12*np.clip((np.arange(n, dtype=np.float32)[:, None]/n - .6 - chest['low']) * 4, 0, 1) * blur(trunk, .02) + .10*blur(heart, .012)
-    density -= air * (.33 + .05*clouds(rng, n, 5) * .5) + .07*blur(windpipe, .004) + .04*blur(bronchi, .005)
-    density += .05*blur(column, .004) + .035*blur(spine, .002)
+    density += .12*belly * blur(trunk, .02) + .10*blur(heart, .012)
+    windpipe, bronchi = .07*blur(cover['windpipe'], .004), .04*blur(cover['bronchi'], .005)
+    density -= air * (.33 + .05*clouds(rng, n, 5) * .5) + windpipe + bronchi
+    density += .05*blur(cover['column'], .004) + .035*blur(cover['spine'], .002)
     density += .19*blur(tube(n, back, rib_width, marrow=.75), .0012) + .11*blur(tube(n, front, rib_width*1.1), .002)
     shoulder = .15*blur(tube(n, bones['clavicles'], .026), .0015) + .05*blur(tube(n, bones['scapulae'], .014), .002)
     density += (shoulder + .05*blur(fill(n, *bones['scapulae']), .006)) * trunk
     density += .08*blur(chest_vessels(rng, n, chest), .002) * air
     density += .012*clouds(rng, n, 10) * trunk + .008*clouds(rng, n, 48) * trunk
+    return density
+
+# %% ../../nbs/01_phantoms/02_chest_xray.ipynb #9d2eb691
+def draw_chest_xray(
+    rng, # numpy generator
+    n:int, # side, pixels
+) -> tuple[np.ndarray, np.ndarray]: # (n, n, 1) image in [0, 1], (n, n) mask
+    "A frontal chest X-ray"
+    chest, bones, cover = _chest_parts(rng, n)
+    rib_width = rng.uniform(.017, .023)
+    density = _chest_density(rng, n, chest, bones, cover, rib_width)
     gain, dark = rng.uniform(1.3, 1.6), rng.uniform(.12, .2)
     image = 1 / (1 + np.exp(-4 * gain * (density - .36 - dark*.3)))
     image += .012 * rng.standard_normal((n, n), np.float32)
-    mask = np.where(trunk > .5, 1, 0)
-    ribs = np.maximum(stroke(n, back, rib_width), stroke(n, front, rib_width))
-    for k, c in enumerate((lungs, column, heart, ribs * (1 - column) * (1 - heart), stroke(n, bones['clavicles'], .026)), 2):
-        mask[(c > .5) & (trunk > .5)] = k
-    return image[..., None], mask
+    return image[..., None], _chest_mask(n, bones, cover, rib_width)
+
+def _chest_mask(n, bones, cover, rib_width):
+    "Class ids, painted in order"
+    column, heart = cover['column'], cover['heart']
+    ribs = np.maximum(stroke(n, bones['ribs'][:, :24], rib_width), stroke(n, bones['ribs'][:, 23:], rib_width))
+    ribs = ribs * (1 - column) * (1 - heart)
+    mask = np.where(cover['trunk'] > .5, 1, 0)
+    for k, c in enumerate((cover['lungs'], column, heart, ribs, stroke(n, bones['clavicles'], .026)), 2):
+        mask[(c > .5) & (cover['trunk'] > .5)] = k
+    return mask

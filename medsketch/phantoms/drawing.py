@@ -35,6 +35,7 @@ def curve(
     control = np.asarray(control, float)
     return _basis(control.shape[-2], steps, closed) @ control
 
+# %% ../../nbs/01_phantoms/00_drawing.ipynb #2a4ea841
 def blob(
     rng, # numpy generator
     centre, # (2,) x, y
@@ -68,6 +69,7 @@ def fill(
     for o in outlines: cv2.fillPoly(canvas, [_fixed(o, 2*n)], 255, cv2.LINE_AA, 4)
     return _coverage(canvas, n)
 
+# %% ../../nbs/01_phantoms/00_drawing.ipynb #ed58d7e1
 def stroke(
     n:int, # side of the picture, pixels
     paths, # (K, T, 2) lines in the unit square
@@ -77,7 +79,8 @@ def stroke(
     "Coverage of lines whose width may change along the way"
     paths = np.asarray(paths)
     K, T = paths.shape[:2]
-    widths = np.broadcast_to(np.asarray(widths, float).reshape((K, -1) if np.ndim(widths) else (1, 1)), (K, T))
+    widths = np.asarray(widths, float).reshape((K, -1) if np.ndim(widths) else (1, 1))
+    widths = np.broadcast_to(widths, (K, T))
     canvas, fixed = np.zeros((2*n, 2*n), np.uint8), _fixed(paths, 2*n)
     ends = np.linspace(0, T - 1, pieces + 1).astype(int)
     for a, b in zip(ends, ends[1:]):
@@ -87,6 +90,7 @@ def stroke(
             cv2.polylines(canvas, list(fixed[thick == t, a:b + 1]), False, 255, int(t), cv2.LINE_AA, 4)
     return _coverage(canvas, n)
 
+# %% ../../nbs/01_phantoms/00_drawing.ipynb #3474be1f
 def blur(
     a:np.ndarray, # (n, n) or (n, n, C) float32
     sigma:float, # in the unit square
@@ -134,11 +138,11 @@ def pixels(
 
 # %% ../../nbs/01_phantoms/00_drawing.ipynb #6dcb9026
 class Tree(NamedTuple):
-    "Branching lines: `points` (K, T, 2), `width` (K, T), `order` (K,) 0 for trunks, `root` (K,) which trunk it came from"
-    points:np.ndarray
-    width:np.ndarray
-    order:np.ndarray
-    root:np.ndarray
+    "Branching lines"
+    points:np.ndarray # (K, T, 2) in the unit square
+    width:np.ndarray # (K, T) in the unit square
+    order:np.ndarray # (K,) 0 for trunks
+    root:np.ndarray # (K,) which trunk a line came from
 
 def walk(
     rng, # numpy generator
@@ -155,6 +159,20 @@ def walk(
     start = np.asarray(start, float)[:, None]
     return np.concatenate([start, start + np.cumsum(move, 1)], 1)
 
+# %% ../../nbs/01_phantoms/00_drawing.ipynb #f134746b
+def _forks(rng, p, c, angle):
+    "Where c children leave each line: parent, step, point, direction, and what is left of the parent's length"
+    K, T = p.shape[:2]
+    k = np.repeat(np.arange(K), c)
+    frac = .12 + .8 * (np.tile(np.arange(c), K) + rng.uniform(.1, .9, K*c)) / c
+    at = (frac * (T - 2)).astype(int)
+    start, ahead = p[k, at], p[k, at + 1]
+    side = np.where((np.tile(np.arange(c), K) + np.repeat(rng.integers(0, 2, K), c)) % 2, 1, -1)
+    heading = np.arctan2(*(ahead - start).T[::-1]) + side * rng.uniform(*angle, K*c)
+    left = np.linalg.norm(np.diff(p, axis=1), axis=-1).sum(1)[k] * (1 - .6*frac)
+    return k, at, start, heading, left
+
+# %% ../../nbs/01_phantoms/00_drawing.ipynb #88414aca
 def branch(
     rng, # numpy generator
     trunks, # (K, T, 2) lines of order 0
@@ -170,19 +188,14 @@ def branch(
     p, w, root = trunks, np.asarray(width)[:, None] * taper, np.arange(len(trunks))
     levels = [(p, w, root*0, root)]
     for order, c in enumerate(children, 1):
-        K, T = p.shape[:2]
-        k = np.repeat(np.arange(K), c)
-        frac = .12 + .8 * (np.tile(np.arange(c), K) + rng.uniform(.1, .9, K*c)) / c
-        at = (frac * (T - 2)).astype(int)
-        start, ahead = p[k, at], p[k, at + 1]
-        side = np.where((np.tile(np.arange(c), K) + np.repeat(rng.integers(0, 2, K), c)) % 2, 1, -1)
-        heading = np.arctan2(*(ahead - start).T[::-1]) + side * rng.uniform(*angle, K*c)
-        left = np.linalg.norm(np.diff(p, axis=1), axis=-1).sum(1)[k] * (1 - .6*frac)
-        w = w[k, at][:, None] * ratio * rng.uniform(.8, 1.1, (K*c, 1)) * taper
-        p, root = walk(rng, start, heading, left * reach * rng.uniform(.6, 1.3, K*c), wander, T), root[k]
-        levels.append((p, w, np.full(K*c, order), root))
+        k, at, start, heading, left = _forks(rng, p, c, angle)
+        w = w[k, at][:, None] * ratio * rng.uniform(.8, 1.1, (len(k), 1)) * taper
+        p = walk(rng, start, heading, left * reach * rng.uniform(.6, 1.3, len(k)), wander, trunks.shape[1])
+        root = root[k]
+        levels.append((p, w, np.full(len(k), order), root))
     return Tree(*map(np.concatenate, zip(*levels)))
 
+# %% ../../nbs/01_phantoms/00_drawing.ipynb #259e2066
 def prune(
     tree:Tree, # the tree to cut
     outside, # (K, T) True where a line must not be
@@ -191,4 +204,5 @@ def prune(
     good = np.logical_and.accumulate(~outside, 1)
     last = np.maximum(good.sum(1) - 1, 0)
     i = np.minimum(np.arange(good.shape[1]), last[:, None])
-    return tree._replace(points=np.take_along_axis(tree.points, i[..., None], 1), width=tree.width * (last > 0)[:, None])
+    points = np.take_along_axis(tree.points, i[..., None], 1)
+    return tree._replace(points=points, width=tree.width * (last > 0)[:, None])

@@ -17,31 +17,36 @@ _ARCADES = np.array([[(0, 0), (.02, .2), (.12, .45), (.42, .68), (.9, .74), (1.4
 
 def fundus_anatomy(
     rng, # numpy generator
-) -> dict: # disc, fovea, field: (2,) centres; unit: disc to fovea; radius: of the disc; side: 1 if the macula is on the right
-    "Where things are in one eye"
+) -> dict: # disc, fovea, field: (2,) centres; unit: disc to fovea; radius: of the disc; side: 1 if the macula is right
+    "The positions and sizes in one eye"
     side, zoom = rng.choice([-1, 1]), rng.uniform(1., 1.3)
     unit = .34 * zoom
     disc = .5 + np.array([-side * rng.uniform(.06, .24), rng.normal(0, .02)])
     fovea = disc + unit * np.array([side, rng.normal(.08, .04)])
-    return dict(side=side, unit=unit, disc=disc, fovea=fovea, radius=.062 * zoom * rng.uniform(.9, 1.12), field=rng.normal(.5, .004, 2))
+    return dict(side=side, unit=unit, disc=disc, fovea=fovea,
+                radius=.062 * zoom * rng.uniform(.9, 1.12), field=rng.normal(.5, .004, 2))
 
+# %% ../../nbs/01_phantoms/01_fundus.ipynb #fea274ef
 def fundus_vessels(
     rng, # numpy generator
     eye:dict, # from `fundus_anatomy`
 ) -> tuple[Tree, np.ndarray]: # the tree, and for each line whether it is a vein
     "The vessel tree: four artery and vein pairs from the disc, and a few small nasal and temporal vessels"
     main = np.repeat(np.concatenate([_ARCADES, _ARCADES * [1, -1]]), 2, 0) # 8 trunks: artery, vein, artery, ...
-    main = main * rng.uniform(.85, 1.15, (8, 1, 2)) + rng.normal(0, .045, main.shape) * np.linspace(.15, 1, 7)[:, None]
+    main = main * rng.uniform(.85, 1.15, (8, 1, 2))
+    main = main + rng.normal(0, .045, main.shape) * np.linspace(.15, 1, 7)[:, None]
     to_eye = lambda p: eye['disc'] + eye['unit'] * p * [eye['side'], -1]
     small = rng.choice([0, np.pi], 5, p=[.35, .65]) + rng.normal(0, .5, 5) # straight to the macula, or nasal
     small = walk(rng, np.zeros((5, 2)), small, rng.uniform(.5, 1.3, 5), .1)
-    main = curve(main, 16)
-    main = main + .012*np.sin(np.linspace(0, rng.uniform(8, 22, 8), 16).T + rng.uniform(0, 6, (8, 1)))[..., None] * [1, -1] # tortuous
+    wave = np.sin(np.linspace(0, rng.uniform(8, 22, 8), 16).T + rng.uniform(0, 6, (8, 1)))
+    main = curve(main, 16) + .012*wave[..., None] * [1, -1] # tortuous
     trunks = np.concatenate([main, small])
     vein = np.arange(13) % 2 == 1
-    width = .0098 * eye['unit'] / .38 * np.where(vein, 1.25, .95) * np.r_[np.ones(8), np.full(5, .5)] * rng.uniform(.85, 1.15, 13)
+    width = .0098 * eye['unit'] / .38 * np.where(vein, 1.25, .95) * np.r_[np.ones(8), np.full(5, .5)]
+    width = width * rng.uniform(.85, 1.15, 13)
     tree = branch(rng, to_eye(trunks), width, (4, 2, 1), ratio=.62, angle=(.3, .85), reach=.6, wander=.13)
-    near = np.linalg.norm(tree.points - eye['fovea'], axis=-1) < eye['unit'] * rng.uniform(.12, .3, (len(tree.order), 1))
+    spare = eye['unit'] * rng.uniform(.12, .3, (len(tree.order), 1)) # around the fovea
+    near = np.linalg.norm(tree.points - eye['fovea'], axis=-1) < spare
     return prune(tree, near), vein[tree.root]
 
 # %% ../../nbs/01_phantoms/01_fundus.ipynb #377f081c
@@ -63,13 +68,16 @@ def fundus_background(
     u = np.float32(eye['unit'])
     fovea = np.exp(-away(eye['fovea']) / (.16*u)**2) * .3 + np.exp(-away(eye['fovea']) / (.42*u)**2) * .22
     image *= 1 - fovea[..., None] * np.array([.75, 1., .9], np.float32)
-    image *= 1 + .25 * np.exp(-away(eye['disc']) / (.38*u)**2)[..., None] * np.array([.3, 1., .8], np.float32) # nerve fibres
+    fibres = np.exp(-away(eye['disc']) / (.38*u)**2)[..., None]
+    image *= 1 + .25 * fibres * np.array([.3, 1., .8], np.float32)
     r, shape = eye['radius'], np.array([.92, 1.08])
     rim = blur(fill(n, blob(rng, eye['disc'], r * shape, .03)), .004)
-    cup = blur(fill(n, blob(rng, eye['disc'] + [eye['side']*.1*r, 0], r * shape * rng.uniform(.35, .6), .08)), .008)
+    cup = blob(rng, eye['disc'] + [eye['side']*.1*r, 0], r * shape * rng.uniform(.35, .6), .08)
+    cup = blur(fill(n, cup), .008)
     over(image, .9*rim, np.array([.98, .68, .32]) * rng.uniform([.95, .85, .7], [1., 1.1, 1.3]))
     return over(image, .75*cup, [1., .88, .58])
 
+# %% ../../nbs/01_phantoms/01_fundus.ipynb #24f6fab5
 def draw_fundus(
     rng, # numpy generator
     n:int, # side, pixels

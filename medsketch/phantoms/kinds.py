@@ -6,6 +6,7 @@
 __all__ = ['PHANTOMS', 'Phantom', 'shrink_mask', 'phantom']
 
 # %% ../../nbs/01_phantoms/05_kinds.ipynb #c1846fd7
+import hashlib
 import zlib
 from dataclasses import dataclass
 from typing import Callable
@@ -35,9 +36,12 @@ class Phantom:
 PHANTOMS = dict(
     fundus=Phantom(draw_fundus, 3, ('background', 'macula', 'disc', 'vessel')),
     chest_xray=Phantom(draw_chest_xray, 1, ('background', 'body', 'lung', 'spine', 'heart', 'rib', 'clavicle')),
-    lung_ct=Phantom(draw_lung_ct, 1, ('background', 'body', 'lung', 'mediastinum', 'vessel', 'airway', 'rib', 'vertebra')),
-    brain_mri=Phantom(draw_brain_mri, 4, ('background', 'white', 'grey', 'csf', 'ventricle', 'oedema', 'enhancing', 'necrosis')))
+    lung_ct=Phantom(draw_lung_ct, 1, (
+        'background', 'body', 'lung', 'mediastinum', 'vessel', 'airway', 'rib', 'vertebra')),
+    brain_mri=Phantom(draw_brain_mri, 4, (
+        'background', 'white', 'grey', 'csf', 'ventricle', 'oedema', 'enhancing', 'necrosis')))
 
+# %% ../../nbs/01_phantoms/05_kinds.ipynb #4bf68f0d
 def shrink_mask(
     mask:np.ndarray, # (n, n) class ids
     size:int, # side of the result, at most n
@@ -45,9 +49,11 @@ def shrink_mask(
 ) -> np.ndarray: # (size, size) uint8
     "Smaller mask: each pixel takes the class that covers most of it, the later one in a tie"
     if len(mask) == size: return mask.astype(np.uint8)
-    cover = [cv2.resize((mask == k).astype(np.float32), (size, size), interpolation=cv2.INTER_AREA) for k in range(classes)]
+    shrink = lambda part: cv2.resize(part.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+    cover = [shrink(mask == k) for k in range(classes)]
     return (classes - 1 - np.argmax(np.stack(cover[::-1]), 0)).astype(np.uint8)
 
+# %% ../../nbs/01_phantoms/05_kinds.ipynb #0dbffd0b
 def phantom(
     kind:str, # a key of `PHANTOMS`: 'fundus', 'chest_xray', 'lung_ct' or 'brain_mri'
     size:int=128, # side, pixels: a power of two from 4 to 1024
@@ -56,9 +62,14 @@ def phantom(
     "Draw one phantom. Raises `ValueError` for an unknown kind, or a size that is not a power of two"
     if kind not in PHANTOMS: raise ValueError(f"no phantom called {kind!r}; there are {', '.join(PHANTOMS)}")
     spec, n = PHANTOMS[kind], max(256, check_size(size))
-    rng = np.random.default_rng([zlib.crc32(kind.encode()), int(seed) % 2**63])
+    rng = np.random.default_rng([zlib.crc32(kind.encode()), _natural(int(seed))])
     image, mask = spec.draw(rng, n)
     image = np.clip(image, 0, 1).astype(np.float32)
     if n > size: image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA).reshape(size, size, -1)
     mask = shrink_mask(mask, size, len(spec.classes))
-    return dict(image=torch.from_numpy(image.transpose(2, 0, 1) * np.float32(2) - 1), mask=torch.from_numpy(mask.astype(np.int64)))
+    image = image.transpose(2, 0, 1) * np.float32(2) - 1
+    return dict(image=torch.from_numpy(image), mask=torch.from_numpy(mask.astype(np.int64)))
+
+def _natural(seed):
+    "Seeds from 0 upwards as they are; negative ones as large numbers of their own"
+    return seed if seed >= 0 else int.from_bytes(hashlib.blake2b(str(seed).encode()).digest(), 'big')

@@ -15,6 +15,34 @@ from .drawing import blob, blur, branch, clouds, curve, fill, over, stroke, tube
 HU = dict(air=-1000, lung=-850, fat=-100, muscle=45, blood=60, marrow=220, cortex=750, vessel=40) # Hounsfield units
 CT_WINDOW = (-1150, 450) # HU shown as black and as white: wide enough for lungs and bone at once
 
+# %% ../../nbs/01_phantoms/03_lung_ct.ipynb #0a014b36
+def _oval(c, a, b):
+    "A chest's cross-section, squarer than an ellipse: function (relative width, relative height, angle) -> points"
+    bulge = lambda v, p: np.sign(v) * np.abs(v)**p
+    return lambda fx, fy, t: c + np.stack([
+        a * fx * bulge(np.cos(t), .85), b * fy * bulge(np.sin(t), .85 + .1*(np.sin(t) < 0))], -1)
+
+def _lungs(rng, c, b, oval, size):
+    "Outlines of both lungs: along the chest wall outside, around the mediastinum inside"
+    out = []
+    for side in (-1, 1):
+        angle = np.linspace(-1.38, 1.2, 9)
+        outer = oval(size[0], size[1], np.where(side > 0, angle, np.pi - angle)) + rng.normal(0, .004, (9, 2))
+        inner = [(side*.05, .15), (side*.045, .08), (side*.04, 0), (side*.03, -.12), (side*.012, -b*.72)]
+        out.append(curve(np.concatenate([outer, c + np.array(inner) + rng.normal(0, .004, (5, 2))]), 96, True))
+    return out
+
+def _mediastinum(rng, c, level):
+    "Outlines of heart, mediastinum and aorta, and of the airways"
+    size = .045 + .085*level
+    heart = blob(rng, c + [.015 + .05*level, -.07 + .02*level], np.array([size*1.3, size]), .1, angle=.6)
+    middle = blob(rng, c + [0, -.01], np.array([.055, .13]), .15, 12)
+    aorta = blob(rng, c + [.055, .095], .026 + .004*rng.uniform(), .02)
+    split = np.clip((level - .25) * 4, 0, 1) * (level < .75) # below the carina the windpipe is two bronchi
+    if level >= .75: return [heart, middle, aorta], []
+    return [heart, middle, aorta], [blob(rng, c + [s*.045*split, .025], .022 - .007*split, .06) for s in (-1, 1)]
+
+# %% ../../nbs/01_phantoms/03_lung_ct.ipynb #5c23fb0b
 def ct_anatomy(
     rng, # numpy generator
 ) -> dict: # outlines of body, wall (inside of the fat), lungs, mediastinum parts, airways, vertebra, ribs
@@ -22,29 +50,20 @@ def ct_anatomy(
     level = rng.uniform(0, 1)
     a, b = rng.uniform(.39, .45), rng.uniform(.27, .32)
     c = np.array([.5, .5]) + rng.normal(0, .01, 2)
-    fat = rng.uniform(.012, .035)
-    bulge = lambda v, p: np.sign(v) * np.abs(v)**p # squarer than an ellipse
-    oval = lambda fx, fy, t: c + np.stack([a * fx * bulge(np.cos(t), .85), b * fy * bulge(np.sin(t), .85 + .1*(np.sin(t) < 0))], -1)
-    t = np.linspace(0, 2*np.pi, 96, endpoint=False)
-    body = oval(1, 1, t)
+    fat, oval = rng.uniform(.012, .035), _oval(c, a, b)
+    body = oval(1, 1, np.linspace(0, 2*np.pi, 96, endpoint=False))
     wall = c + (body - c) * (1 - np.array([fat/a, fat/b]))
-    reach = (.66 + .1*min(1, 3*level)) * np.array([1, 1.08])
-    lungs = []
-    for side in (-1, 1):
-        angle = np.linspace(-1.38, 1.2, 9)
-        outer = oval(reach[0], reach[1], np.where(side > 0, angle, np.pi - angle)) + rng.normal(0, .004, (9, 2))
-        inner = c + np.array([(side*.05, .15), (side*.045, .08), (side*.04, 0), (side*.03, -.12), (side*.012, -b*.72)]) + rng.normal(0, .004, (5, 2))
-        lungs.append(curve(np.concatenate([outer, inner]), 96, True))
-    size, spine = .045 + .085*level, c + [0, b*.6]
-    heart = blob(rng, c + [.015 + .05*level, -.07 + .02*level], np.array([size*1.3, size]), .1, angle=.6)
-    great = [blob(rng, c + [0, -.01], np.array([.055, .13]), .15, 12), blob(rng, c + [.055, .095], .026 + .004*rng.uniform(), .02)] # mediastinum, aorta
-    split = np.clip((level - .25) * 4, 0, 1) * (level < .75) # below the carina the windpipe is two bronchi
-    airway = [blob(rng, c + [s*.045*split, .025], .022 - .007*split, .06) for s in (-1, 1)] if level < .75 else []
-    place = np.r_[-1.2, -.75, -.35, .05, .45, .85] + rng.normal(0, .06, 6)
-    arcs = np.stack([np.linspace(p - w, p + w, 8) for p, w in zip(np.r_[place, np.pi - place], rng.uniform(.09, .17, 12))])
-    ribs = oval(*(reach + .06), arcs) + rng.normal(0, .003, (12, 1, 2))
-    return dict(level=level, c=c, body=body, wall=wall, lungs=lungs, middle=[heart, *great], airway=airway, spine=spine, ribs=ribs)
+    size = (.66 + .1*min(1, 3*level)) * np.array([1, 1.08])
+    lungs = _lungs(rng, c, b, oval, size)
+    middle, airway = _mediastinum(rng, c, level)
+    at = np.r_[-1.2, -.75, -.35, .05, .45, .85] + rng.normal(0, .06, 6)
+    half = rng.uniform(.09, .17, 12)
+    arcs = np.stack([np.linspace(p - w, p + w, 8) for p, w in zip(np.r_[at, np.pi - at], half)])
+    ribs = oval(*(size + .06), arcs) + rng.normal(0, .003, (12, 1, 2))
+    return dict(level=level, c=c, body=body, wall=wall, lungs=lungs, middle=middle, airway=airway,
+                spine=c + [0, b*.6], ribs=ribs)
 
+# %% ../../nbs/01_phantoms/03_lung_ct.ipynb #fc879aba
 def vertebra_outlines(
     spine, # (2,) centre of the vertebral body
 ) -> tuple[list, np.ndarray, np.ndarray]: # body and arch outlines, the canal, the cortex of the body
@@ -68,7 +87,8 @@ def ct_vessels(
     side = np.repeat([-1, 1], 8)
     start = anatomy['c'] + np.stack([side * rng.uniform(.05, .1, 16), rng.normal(.02, .03, 16)], -1)
     fan = np.tile(np.linspace(-1.3, 1.2, 8), 2) + rng.normal(0, .15, 16)
-    tree = branch(rng, walk(rng, start, np.where(side > 0, fan, np.pi - fan), rng.uniform(.16, .3, 16), .07), rng.uniform(.006, .011, 16), (4, 2), wander=.16)
+    trunks = walk(rng, start, np.where(side > 0, fan, np.pi - fan), rng.uniform(.16, .3, 16), .07)
+    tree = branch(rng, trunks, rng.uniform(.006, .011, 16), (4, 2), wander=.16)
     at = np.clip((tree.points * n).astype(int), 0, n - 1)
     inside = blur(lung, .006)[at[..., 1], at[..., 0]] > .75
     seen = rng.uniform(size=len(tree.order)) < np.array([.7, .5, .4])[tree.order] # the others leave the slice
@@ -79,39 +99,51 @@ def ct_vessels(
     rings = [blob(rng, p, .009, .05) for p in rings[::2]]
     return np.maximum(stroke(n, tree.points, tree.width, 8), dots) * lung, fill(n, *rings) * lung
 
+# %% ../../nbs/01_phantoms/03_lung_ct.ipynb #5def4b94
+def _ct_parts(n, s):
+    "Coverage of the structures of a slice, and how thick its ribs are"
+    bones, canal, centre = vertebra_outlines(s['spine'])
+    lens = np.sin(np.linspace(.25, np.pi - .25, 8))**.7 * np.ones((12, 1)) # a rib crosses the slice at a slant
+    middle, ribs = fill(n, *s['middle']), stroke(n, s['ribs'], .024*lens, 7)
+    lung = fill(n, *s['lungs']) * (1 - middle)
+    lung *= 1 - fill(n, *bones)
+    lung *= 1 - ribs
+    return dict(body=fill(n, s['body']), wall=fill(n, s['wall']), lung=lung, middle=middle,
+                airway=fill(n, *s['airway']), ribs=ribs, marrow=stroke(n, s['ribs'], .015*lens, 7),
+                vertebra=fill(n, *bones) * (1 - fill(n, canal)),
+                core=fill(n, s['spine'] + (centre - s['spine'])*.85))
+
+# %% ../../nbs/01_phantoms/03_lung_ct.ipynb #9f5deff6
+def _paint_hu(rng, n, s, part, vessel, bronchi):
+    "Tissues painted over one another: (n, n, 1) Hounsfield units"
+    hu = np.full((n, n, 1), HU['air'], np.float32)
+    table = curve([[(0, .86), (.25, .93), (.5, .95), (.75, .93), (1, .86)]])
+    sternum = curve([[s['c'] + [x, -.23 + .02*abs(x)] for x in (-.05, 0, .05)]])
+    fat = part['wall'] * np.clip(.5 + .9*clouds(rng, n, 14), 0, .55) * (1 - blur(part['lung'], .02)) # in muscle
+    depth = (np.arange(n, dtype=np.float32)[:, None, None] / n - .5) * 220 # the lower, dependent lung is denser
+    air = HU['lung'] + depth + 25*clouds(rng, n, 32)[..., None]
+    blood = HU['blood'] + 12*clouds(rng, n, 8)[..., None]
+    for cover, value in (
+            (stroke(n, table, .006), -300), (part['body'], HU['fat']), (part['wall'], HU['muscle']),
+            (fat, HU['fat']), (part['lung'], air), (vessel, HU['vessel']), (blur(bronchi, .001), -250),
+            (part['middle'], blood), (part['airway'], HU['air']), (part['ribs'], HU['cortex']),
+            (part['marrow'], HU['marrow']), (tube(n, sternum, .024, .65, .4), HU['cortex']),
+            (part['vertebra'], HU['cortex']*.8), (part['core'], HU['marrow'])): over(hu, cover, value)
+    return hu
+
+# %% ../../nbs/01_phantoms/03_lung_ct.ipynb #f6149398
 def draw_lung_ct(
     rng, # numpy generator
     n:int, # side, pixels
 ) -> tuple[np.ndarray, np.ndarray]: # (n, n, 1) image in [0, 1], (n, n) mask
     "An axial CT slice of the chest through a window for lungs and bone"
     s = ct_anatomy(rng)
-    body, wall, middle = fill(n, s['body']), fill(n, s['wall']), fill(n, *s['middle'])
-    lung = fill(n, *s['lungs']) * (1 - middle)
-    bones, canal, vertebral_body = vertebra_outlines(s['spine'])
-    vertebra = fill(n, *bones) * (1 - fill(n, canal))
-    lung *= 1 - fill(n, *bones)
-    sternum = curve([[s['c'] + [x, -.23 + .02*abs(x)] for x in (-.05, 0, .05)]])
-    lens = np.sin(np.linspace(.25, np.pi - .25, 8))**.7 * np.ones((12, 1)) # a rib crosses the slice at a slant
-    ribs, airway = stroke(n, s['ribs'], .024*lens, 7), fill(n, *s['airway'])
-    lung *= 1 - ribs
-    vessel, bronchi = ct_vessels(rng, n, s, lung)
-    hu = np.full((n, n, 1), HU['air'], np.float32)
-    table = curve([[(0, .86), (.25, .93), (.5, .95), (.75, .93), (1, .86)]])
-    over(hu, stroke(n, table, .006), -300)
-    over(hu, body, HU['fat'])
-    over(hu, wall, HU['muscle'])
-    over(hu, wall * np.clip(.5 + .9*clouds(rng, n, 14), 0, .55) * (1 - blur(lung, .02)), HU['fat']) # fat between muscles
-    depth = (np.arange(n, dtype=np.float32)[:, None, None] / n - .5) * 220 # the lower, dependent lung is denser
-    over(hu, lung, HU['lung'] + depth + 25*clouds(rng, n, 32)[..., None])
-    over(hu, vessel, HU['vessel'])
-    over(hu, blur(bronchi, .001), -250)
-    over(hu, middle, HU['blood'] + 12*clouds(rng, n, 8)[..., None])
-    over(hu, airway, HU['air'])
-    over(hu, ribs, HU['cortex']); over(hu, stroke(n, s['ribs'], .015*lens, 7), HU['marrow'])
-    over(hu, tube(n, sternum, .024, .65, .4), HU['cortex'])
-    over(hu, vertebra, HU['cortex']*.8); over(hu, fill(n, s['spine'] + (vertebral_body - s['spine'])*.85), HU['marrow'])
+    part = _ct_parts(n, s)
+    vessel, bronchi = ct_vessels(rng, n, s, part['lung'])
+    hu = _paint_hu(rng, n, s, part, vessel, bronchi)
     hu = cv2.GaussianBlur(hu[..., 0], (0, 0), .0018*n) + 22 * rng.standard_normal((n, n), np.float32)
     image = np.clip((hu - CT_WINDOW[0]) / (CT_WINDOW[1] - CT_WINDOW[0]), 0, 1)
-    mask = np.where(body > .5, 1, 0)
-    for k, c in enumerate((lung, middle, vessel, airway, ribs, vertebra), 2): mask[c > .5] = k
+    mask = np.where(part['body'] > .5, 1, 0)
+    covers = part['lung'], part['middle'], vessel, part['airway'], part['ribs'], part['vertebra']
+    for k, c in enumerate(covers, 2): mask[c > .5] = k
     return image[..., None], mask

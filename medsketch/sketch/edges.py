@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
-from kornia.filters import gaussian_blur2d
 from PIL import Image, ImageOps
 
 from ..core import check_size, interactive, save_png, sketch_to_uint8
@@ -51,20 +50,26 @@ class SketchStyle:
 STYLES = {
     'generic': SketchStyle(fine=1.3, smooth=.9, local=6., balance=.6, side='dark', threshold=.95, opening=7, field=.03),
     'fundus': SketchStyle(channels=(0., 1., 0.), side='dark', threshold=.72, field=.08, rim=6.),
-    'chest_xray': SketchStyle(fine=1.5, smooth=1.2, local=6., balance=.9, side='bright', threshold=.85, margin=.004, opening=7, field=.03, rim=8.),
+    'chest_xray': SketchStyle(fine=1.5, smooth=1.2, local=6., balance=.9, side='bright', threshold=.85, margin=.004,
+                              opening=7, field=.03, rim=8.),
     'lung_ct': SketchStyle(fine=1., smooth=1., balance=.7, side='bright', threshold=1., support=.07, field=.03),
     'brain_mri': SketchStyle(smooth=.65, local=4.5, balance=.65, side='dark', threshold=1., support=.05),
-    'ultrasound': SketchStyle(fine=2., smooth=1.5, local=6., balance=.5, side='bright', threshold=1., margin=.02, opening=9, support=.12, field=.03, rim=8.),
+    'ultrasound': SketchStyle(fine=2., smooth=1.5, local=6., balance=.5, side='bright', threshold=1., margin=.02,
+                              opening=9, support=.12, field=.03, rim=8.),
 }
 
+# %% ../../nbs/03_sketch/00_edges.ipynb #c27c7d5f
 def get_style(
     style, # a name out of `STYLES`, or a `SketchStyle`
 ) -> SketchStyle:
     "The style by that name. Raises `ValueError` for an unknown one, or for a parameter out of range"
     if isinstance(style, str):
-        if style not in STYLES: raise ValueError(f"unknown sketch style {style!r}; use one of {', '.join(STYLES)}, or a SketchStyle")
+        known = ', '.join(STYLES)
+        if style not in STYLES:
+            raise ValueError(f"unknown sketch style {style!r}; use one of {known}, or a SketchStyle")
         style = STYLES[style]
-    if style.side not in ('dark', 'bright', 'both'): raise ValueError(f"side {style.side!r}; use 'dark', 'bright' or 'both'")
+    if style.side not in ('dark', 'bright', 'both'):
+        raise ValueError(f"side {style.side!r}; use 'dark', 'bright' or 'both'")
     if style.softness <= 0: raise ValueError("softness must be above 0; binary=True is the way to sharp strokes")
     return style
 
@@ -100,7 +105,8 @@ def _field(a, style):
     seen = np.maximum.accumulate
     inside = seen(lit, 0) & seen(lit[::-1], 0)[::-1] & seen(lit, 1) & seen(lit[:, ::-1], 1)[:, ::-1]
     k = 2 * _rim(style, a.shape[0]) + 1
-    return cv2.erode(inside, np.ones((k, k), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0).astype(np.float32)
+    kernel = np.ones((k, k), np.uint8)
+    return cv2.erode(inside, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0).astype(np.float32)
 
 # %% ../../nbs/03_sketch/00_edges.ipynb #7683b32f
 def _edges(g, f, style):
@@ -157,15 +163,16 @@ def _pixels(image):
     elif isinstance(image, np.ndarray) and image.dtype == np.uint8: a = cv2.LUT(image, _UNIT)
     else: raise ValueError("image: pass pixels (H, W) or (H, W, C) uint8, or a tensor (C, H, W) in [-1, 1]")
     if a.ndim not in (2, 3) or a.shape[0] != a.shape[1]:
-        raise ValueError(f"image of shape {tuple(image.shape)}: sketches are made of square images; image_to_square makes one")
+        raise ValueError(f"image of shape {tuple(image.shape)}: pass a square one; image_to_square makes one")
     check_size(a.shape[0])
     return a[..., 0] if a.ndim == 3 and a.shape[2] == 1 else a
 
+# %% ../../nbs/03_sketch/00_edges.ipynb #0c81feb1
 def sobel_sketch(
     image, # one image: pixels (H, W) or (H, W, C) uint8, or tensor (C, H, W) in [-1, 1]; square, power of two
     style='generic', # a name out of `STYLES`, or a `SketchStyle`
 ) -> np.ndarray: # (H, W) float32 in [0, 1], 1 = stroke
-    "The sketch of one image (§2.1), by OpenCV. Raises `ValueError` for images that are not square or of no size we know"
+    "The sketch of one image (§2.1), by OpenCV. Raises `ValueError` for images that are not square or of no known size"
     style, a = get_style(style), _pixels(image)
     n = a.shape[0]
     g = a if a.ndim == 2 else cv2.transform(a, np.array([_weights(style, a.shape[2])], np.float32))
@@ -177,13 +184,27 @@ def sobel_sketch(
     return (x > style.ink).astype(np.float32) if style.binary else x
 
 # %% ../../nbs/03_sketch/00_edges.ipynb #9d0913aa
-def _blur_batch(x, sigma):
-    return x if sigma < .3 else gaussian_blur2d(x, (_taps(sigma),) * 2, (sigma,) * 2, 'reflect')
+def _blur_along(x, dim, weights):
+    "Weighted sum of shifted copies, pixels at equal distance taken together; `weights` from the middle outwards"
+    r, n = len(weights) - 1, x.shape[dim] - 2 * len(weights) + 2
+    out = x.narrow(dim, r, n) * weights[0]
+    for i in range(1, r + 1): out.add_(x.narrow(dim, r - i, n) + x.narrow(dim, r + i, n), alpha=weights[i])
+    return out
 
+def _blur_batch(x, sigma):
+    "Gaussian blur, along the columns and then along the rows"
+    if sigma < .3: return x
+    weights = np.exp(-.5 * (np.arange(_taps(sigma) // 2 + 1) / sigma)**2)
+    weights = (weights / (2 * weights.sum() - weights[0])).tolist()
+    x = F.pad(x, (len(weights) - 1,) * 4, mode='reflect')
+    return _blur_along(_blur_along(x, 2, weights), 3, weights)
+
+# %% ../../nbs/03_sketch/00_edges.ipynb #c7dd1b2b
 def _wide_batch(t, n):
     "Bilinear enlargement by a whole factor: along rows by a matrix, between rows by `lerp`"
     m = t.shape[-1]
-    across = F.interpolate(torch.eye(m, device=t.device)[None, None], (m, n), mode='bilinear', align_corners=False)[0, 0]
+    one = torch.eye(m, device=t.device)[None, None]
+    across = F.interpolate(one, (m, n), mode='bilinear', align_corners=False)[0, 0]
     rows = F.pad(t @ across, (0, 0, 1, 1), mode='replicate')
     out = t.new_empty(*t.shape[:2], m, n // m, n)
     for k in range(n // m):
@@ -197,6 +218,7 @@ def _thumb_batch(x):
     if n < THUMB: return _wide_batch(x, THUMB)
     return x.reshape(b, c, THUMB, q, n).sum(3).view(b, c, THUMB, THUMB, q).sum(-1) / q**2
 
+# %% ../../nbs/03_sketch/00_edges.ipynb #c9fc30c6
 def _sobel_batch(g):
     "Sobel magnitude, edge pixels repeated outwards"
     p = F.pad(g, (1, 1, 1, 1), mode='replicate')
@@ -236,7 +258,9 @@ def _field_batch(x, style):
     t = (_thumb_batch(x).amax(1, keepdim=True) + 1) / 2
     if style.field is None: return torch.ones_like(t)
     at, lit = torch.arange(THUMB, device=x.device), t > style.field
-    between = lambda i, d: (i >= torch.where(lit, i, THUMB).amin(d, True)) & (i <= torch.where(lit, i, -1).amax(d, True))
+    first = lambda i, d: torch.where(lit, i, THUMB).amin(d, True)
+    last = lambda i, d: torch.where(lit, i, -1).amax(d, True)
+    between = lambda i, d: (i >= first(i, d)) & (i <= last(i, d))
     inside = between(at, 3) & between(at[:, None], 2)
     r = _rim(style, x.shape[-1])
     outside = F.pad((~inside).float(), (r,) * 4, value=1.)
@@ -267,16 +291,18 @@ def _draw_batch(strength, offset, style):
     x = _closing_batch(_opening_batch(x, _odd(style.opening, zoom)), _odd(style.closing, zoom))
     if not style.support: return x.float()
     share = _wide_batch(_blur_batch(_thumb_batch(x.float()), 1.25), n)
-    return torch.minimum(x, above(share, style.support) if style.binary else ramp(share, style.support, style.support)).float()
+    kept = above(share, style.support) if style.binary else ramp(share, style.support, style.support)
+    return torch.minimum(x, kept).float()
 
+# %% ../../nbs/03_sketch/00_edges.ipynb #20ae343b
 @torch.no_grad()
 def sobel_sketch_torch(
     x:torch.Tensor, # image batch (N, C, H, W) in [-1, 1], on any device
     style='generic', # a name out of `STYLES`, or a `SketchStyle`
 ) -> torch.Tensor: # (N, 1, H, W) float32 in [0, 1], 1 = stroke, on the same device
-    "The sketches of a batch (§2.1), by PyTorch and kornia: `sobel_sketch` to within 1e-3. Raises `ValueError` as it does"
+    "The sketches of a batch (§2.1), by PyTorch: `sobel_sketch` to within 1e-3. Raises `ValueError` as it does"
     style, n = get_style(style), x.shape[-1]
-    if x.ndim != 4 or x.shape[2] != n: raise ValueError(f"batch of shape {tuple(x.shape)}: pass square images (N, C, H, W)")
+    if x.ndim != 4 or x.shape[2] != n: raise ValueError(f"batch of shape {tuple(x.shape)}: pass squares (N, C, H, W)")
     check_size(n)
     x, w = x.float(), _weights(style, x.shape[1])
     g = sum(x[:, i:i + 1] * (w[i] / 2) for i in range(len(w)) if w[i]).add_(sum(w) / 2)
@@ -305,7 +331,7 @@ def canny_sketch(
     sigma:float=1., # Gaussian smoothing beforehand, pixels
 ) -> np.ndarray: # (H, W) float32, 0 or 1
     "Canny edges of one image, by OpenCV. Raises `ValueError` if `low` is above `high`"
-    if low > high: raise ValueError(f"canny: low {low} is above high {high}; the strong edges need the greater threshold")
+    if low > high: raise ValueError(f"canny: low {low} is above high {high}; strong edges need the greater threshold")
     a = _pixels(image)
     g = a if a.ndim == 2 else cv2.transform(a, np.array([_weights(SketchStyle(), a.shape[2])], np.float32))
     g = np.round(_blur(g, sigma) * 255).astype(np.uint8)
@@ -316,9 +342,10 @@ def contour_sketch(
     mask, # (H, W) integer class ids, array or tensor
     width:int=1, # of the lines, pixels
 ) -> np.ndarray: # (H, W) float32, 0 or 1
-    "Outlines of every class in a mask. Raises `ValueError` for anything but one mask of whole numbers, or a width below 1"
+    "Outlines of every class in a mask. Raises `ValueError` for what is no mask of whole numbers, or a width below 1"
     m = mask.cpu().numpy() if torch.is_tensor(mask) else np.asarray(mask)
-    if m.ndim != 2 or m.dtype.kind not in 'iub': raise ValueError(f"mask: pass class ids (H, W), whole numbers; got {m.dtype} {m.shape}")
+    if m.ndim != 2 or m.dtype.kind not in 'iub':
+        raise ValueError(f"mask: pass class ids (H, W), whole numbers; got {m.dtype} {m.shape}")
     if width < 1: raise ValueError(f"width {width}: a line is at least 1 pixel wide")
     line = np.zeros(m.shape, np.uint8)
     line[:, 1:] |= m[:, 1:] != m[:, :-1]
@@ -339,6 +366,7 @@ def sketch(
     if method == 'contour': return contour_sketch(image)
     raise ValueError(f"unknown sketch method {method!r}; use one of {', '.join(METHODS)}")
 
+# %% ../../nbs/03_sketch/00_edges.ipynb #4a7b662c
 def add_sketches(
     ds, # an `ImageData`
     method:str='sobel', # one of `METHODS`; 'contour' needs masks
@@ -346,7 +374,8 @@ def add_sketches(
     soft:bool=True, # for 'sobel': grey where a stroke covers a pixel in part; False leaves it to the style
 ): # `ds` with sketches: (N, H, W) uint8, 255 = stroke
     "Draw every image of a data set, once. Raises `ValueError` for contours without masks"
-    if method == 'contour' and ds.masks is None: raise ValueError("contour sketches need masks, and this data set has none")
+    if method == 'contour' and ds.masks is None:
+        raise ValueError("contour sketches need masks, and this data set has none")
     style, source = get_style(style), ds.masks if method == 'contour' else ds.images
     if soft: style = replace(style, binary=False)
     drawn = np.empty((len(ds), ds.size, ds.size), np.uint8)
@@ -356,6 +385,7 @@ def add_sketches(
         drawn[i] = np.round(sketch(one, method, style) * 255)
     return ds.with_sketches(drawn)
 
+# %% ../../nbs/03_sketch/00_edges.ipynb #d7765045
 def sketch_file(
     src, # an image file (for 'contour': a mask file) of any size
     dst, # the PNG to write
@@ -364,7 +394,7 @@ def sketch_file(
     size:int=256, # side of the sketch, pixels, a power of two
     fit:str='letterbox', # how the image becomes square, as in `medsketch.data.readers`
 ):
-    "Sketch one file: dark strokes on white, square. Of a volume the middle slice. Raises `ValueError` for files that cannot be read"
+    "Sketch one file, or a volume's middle slice: dark strokes on white. Raises `ValueError` if it cannot be read"
     check_size(size)
     slices = read_mask(src) if method == 'contour' else read_image(src)
     square = mask_to_square if method == 'contour' else image_to_square
@@ -379,5 +409,6 @@ def read_sketch(
         with Image.open(path) as im:
             drawn = ImageOps.exif_transpose(im).convert('RGBA')
             grey = Image.alpha_composite(Image.new('RGBA', drawn.size, (255,) * 4), drawn).convert('L')
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"{path}: not a picture that can be read ({e})") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path}: not a picture that can be read ({e})") from None
     return torch.from_numpy(image_to_square(255 - np.asarray(grey), check_size(size), 'letterbox')).float()[None] / 255
