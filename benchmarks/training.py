@@ -1,5 +1,6 @@
 "Training: what a SkrGAN step spends outside forward, backward and optimiser; whether memory grows over 1,000 steps."
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -9,7 +10,7 @@ from benchmarks.common import Row, alone
 from medsketch.data import phantom_data
 from medsketch.recipes import SkrGAN
 from medsketch.sketch import add_sketches
-from medsketch.train.trainer import Callback, Phase, Trainer
+from medsketch.train.trainer import Callback, Trainer
 
 STEPS, WARMUP = 24, 6
 
@@ -38,7 +39,7 @@ def share_outside(stage):
     clock, init = Clock(), Trainer.__init__
 
     def watched(self, nets, phases, data, callbacks=(), **kwargs):
-        init(self, nets, [Phase(p.name, timed(clock, p.loss), p.opt, p.every) for p in phases], data, [*callbacks, clock], **kwargs)
+        init(self, nets, [replace(p, loss=timed(clock, p.loss)) for p in phases], data, [*callbacks, clock], **kwargs)
 
     for cls, name in ((Accelerator, 'backward'), (AcceleratedOptimizer, 'step'), (AcceleratedOptimizer, 'zero_grad')):
         setattr(cls, name, timed(clock, getattr(cls, name)))
@@ -64,9 +65,14 @@ def growth_of_memory():
             if trainer.step in (100, 1000): seen[trainer.step] = resident()
 
     init = Trainer.__init__
-    Trainer.__init__ = lambda self, nets, phases, data, callbacks=(), **kw: init(self, nets, phases, data, [*callbacks, Watch()], **kw)
+
+    def watched(self, nets, phases, data, callbacks=(), **kwargs):
+        init(self, nets, phases, data, [*callbacks, Watch()], **kwargs)
+
+    Trainer.__init__ = watched
     data = add_sketches(phantom_data('fundus', 16, 32), style='fundus')
-    SkrGAN(size=32, latent_dim=8, fmap_max=8, ngf=8, ndf=8, receptive_field=16, batch_size=4, render_steps=1000).fit(data, stages=['render'], progress=False)
+    r = SkrGAN(size=32, latent_dim=8, fmap_max=8, ngf=8, ndf=8, receptive_field=16, batch_size=4, render_steps=1000)
+    r.fit(data, stages=['render'], progress=False)
     return seen
 
 
@@ -74,7 +80,9 @@ def rows(peak):
     out = []
     for stage in ('sketch', 'render', 'joint'):
         share, ms = alone(share_outside, stage)
-        out.append(Row(f'{stage} step, share outside forward, backward, optimiser', share, 'of the time', .1, f'64 px, batch 8, {ms:.0f} ms a step, flips and turns included'))
+        note = f'64 px, batch 8, {ms:.0f} ms a step, flips and turns included'
+        out.append(Row(f'{stage} step, share outside forward, backward, optimiser', share, 'of the time', .1, note))
     seen = alone(growth_of_memory)
-    out.append(Row('memory after 1,000 steps over after 100', seen[1000] / seen[100], 'times', 1.02, f'{seen[100]:.0f} MB, then {seen[1000]:.0f} MB'))
+    note = f'{seen[100]:.0f} MB, then {seen[1000]:.0f} MB'
+    out.append(Row('memory after 1,000 steps over after 100', seen[1000] / seen[100], 'times', 1.02, note))
     return out
