@@ -19,8 +19,9 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp) / "medsketch"
         copy.mkdir()
+        passing = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
         for name in ("nbs", "medsketch"):
-            shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            shutil.copytree(root / name, copy / name, ignore=passing)
         for name in ("settings.ini", "setup.py", "pyproject.toml"):
             shutil.copy(root / name, copy)
         before = snapshot(copy)
@@ -29,9 +30,10 @@ def main():
         after = snapshot(copy)
     changed = sorted(str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
     if changed:
-        sys.exit("not clean, or not in step with their notebooks (run nbdev_clean, nbdev_export): " + ", ".join(changed))
-    subprocess.run([sys.executable, root / "tools/readme.py", "--check"], check=True)
-    print(f"{len(before)} notebooks and modules are clean and in step; README.md too")
+        sys.exit("not clean, or not in step (run nbdev_clean, nbdev_export): " + ", ".join(changed))
+    for tool in ("readme", "sidebar"):
+        subprocess.run([sys.executable, root / f"tools/{tool}.py", "--check"], check=True)
+    print(f"{len(before)} notebooks and modules are clean and in step; README.md and the sidebar too")
 
 
 if __name__ == "__main__":
