@@ -304,7 +304,7 @@ def demo_one(
     rows, held = rows.subset(range(n)), rows.subset(range(n, n + n // 2))
     small = dict(latent_dim=32, fmap_base=768, fmap_max=48, ngf=16, ndf=16, receptive_field=34, r1=3., batch_size=8)
     cls = recipe_class('skrgan')
-    r = cls(size=size, channels=rows.channels, style=kind, augment='flip', seed=seed, **small, **cls.steps_each(steps, size))
+    r = cls(size=size, channels=rows.channels, style=kind, seed=seed, **small, **cls.steps_each(steps, size))
     r.fit(rows, out, every=max(100, steps // 3), progress=False)
     batch = r.sample(100, seed=seed)
     return {k: v[:6] for k, v in batch.items()}, score_set(held, batch['image'], 'samples', METRICS, resamples=0)

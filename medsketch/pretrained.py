@@ -18,7 +18,7 @@ import torch
 
 from .core import atomic_write
 from .data import ImageData, cache_dir, join, load_images, phantom_data, split_by_subject
-from .sketch.variants import drafts
+from .sketch.variants import sketch_variants
 from .evaluate.metrics import ms_ssim
 from .data.readers import mask_to_square
 from .recipes import load_recipe, recipe_class
@@ -43,8 +43,6 @@ def same_light(
     spread = np.std(a, (2, 3), keepdims=True, where=seen)
     even = (a - mean) / spread * spread.mean(0) + mean.mean(0)
     return ImageData(np.where(seen, even, a).clip(0, 255).round().astype(np.uint8), ds.masks, None, ds.paths, ds.subjects, ds.classes, ds.colours)
-
-
 
 # %% ../nbs/09_pretrained.ipynb #74b665ad
 def views(
@@ -87,18 +85,18 @@ class Pretrained:
     limits: str # for the model card
 
 LIMITS = 'For learning and for trying out drawing. What a sketch leaves open is made up. '
-SMALL = dict(latent_dim=16, fmap_base=256, fmap_max=16, hand=True, place=True)  # the sketch pair is not trained: as small as it can be
+SMALL = dict(latent_dim=16, fmap_base=256, fmap_max=16, variants=True, position=True)  # no sketch pair is trained
 
 PRETRAINED = dict(
-    fundus=Pretrained(_fundus, SMALL | dict(size=256, style='fundus', ngf=32, ngf_max=128, depth=5, ndf=32, batch_size=4, render_steps=1500, augment='turn', local=50.),
+    fundus=Pretrained(_fundus, SMALL | dict(size=256, style='fundus', ngf=32, ngf_max=128, depth=5, ndf=32, batch_size=4, render_steps=1500, augment='turn', consistency=50.),
         'CHASE_DB1 (Fraz et al. 2012; 20 photographs of 10 children) and HRF (Budai et al. 2013; 16 photographs), each seen through five windows', 'CC BY 4.0', 'photograph of the retina',
         LIMITS + 'A few dozen eyes, mostly of children and of healthy adults, from two cameras. Lesions are not drawn reliably, and the field of view is always round.'),
-    chest_xray=Pretrained(_chest, SMALL | dict(size=256, channels=1, style='chest_xray', ngf=24, ngf_max=128, depth=5, ndf=32, batch_size=4, render_steps=1250, augment='turn', local=20.),
+    chest_xray=Pretrained(_chest, SMALL | dict(size=256, channels=1, style='chest_xray', ngf=24, ngf_max=128, depth=5, ndf=32, batch_size=4, render_steps=1250, augment='turn', consistency=20.),
         'COVID-19 Image Repository (Winther et al. 2020, Hannover Medical School; 75 films)', 'CC BY 3.0', 'chest X-ray',
         LIMITS + 'Films of patients with COVID-19 in one hospital, many of them taken in bed: cables and hazy lungs are part of what it has learned.'),
-    lung_ct=Pretrained(_phantoms('lung_ct'), SMALL | dict(size=128, channels=1, style='lung_ct', ngf=16, ngf_max=128, depth=5, ndf=16, batch_size=8, render_steps=2000, augment='flip', local=20.),
+    lung_ct=Pretrained(_phantoms('lung_ct'), SMALL | dict(size=128, channels=1, style='lung_ct', ngf=16, ngf_max=128, depth=5, ndf=16, batch_size=8, render_steps=2000, augment='flip', consistency=20.),
         'phantoms drawn by `medsketch.phantoms`', 'Apache 2.0', 'drawn phantom of a lung CT slice', LIMITS + 'It has seen drawn phantoms only, never a patient.'),
-    brain_mri=Pretrained(_phantoms('brain_mri'), SMALL | dict(size=128, channels=4, style='brain_mri', ngf=16, ngf_max=128, depth=5, ndf=16, batch_size=8, render_steps=2000, augment='flip', local=20.),
+    brain_mri=Pretrained(_phantoms('brain_mri'), SMALL | dict(size=128, channels=4, style='brain_mri', ngf=16, ngf_max=128, depth=5, ndf=16, batch_size=8, render_steps=2000, augment='flip', consistency=20.),
         'phantoms drawn by `medsketch.phantoms`', 'Apache 2.0', 'drawn phantom of a brain MR slice in four contrasts', LIMITS + 'It has seen drawn phantoms only, never a patient.'))
 
 # %% ../nbs/09_pretrained.ipynb #2f0562a3
@@ -199,7 +197,7 @@ def score_renderer(
     style, real = recipe.config['style'], held.batch(range(len(held)))['image']
     mean = torch.from_numpy(np.asarray(train.images, np.float32).mean(0)) / 127.5 - 1
     rows, effects = {}, []
-    drawn = [drafts(np.ascontiguousarray(np.moveaxis(held.images[i], 0, -1)), held.masks[i] if held.masks is not None else None, style) for i in range(len(held))]
+    drawn = [sketch_variants(np.ascontiguousarray(np.moveaxis(held.images[i], 0, -1)), held.masks[i] if held.masks is not None else None, style) for i in range(len(held))]
     for k in drawn[0]:
         sketches = torch.from_numpy(np.stack([d[k] for d in drawn]))[:, None]
         made = recipe.render(sketches)

@@ -270,7 +270,7 @@ def test_steps_are_all_there_are_unless_more_is_asked_for(medsketch, photos, tmp
 
 def test_one_stage_alone(medsketch, photos, tmp_path):
     "A renderer for people who draw: trained without a sketch generator, and it says so when asked for sketches"
-    status, _, err = medsketch(f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --stages render --set hand=true --set local=20")
+    status, _, err = medsketch(f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --stages render --set variants=true --set consistency=20")
     assert (status, err) == (0, "")
     medsketch(f"sketch {photos} {tmp_path}/s --style fundus --size 32")
     assert medsketch(f"render {tmp_path}/run --sketches {tmp_path}/s --out {tmp_path}/r")[0] == 0

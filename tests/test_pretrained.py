@@ -146,7 +146,7 @@ def test_pretraining_again_is_one_command(tmp_path, monkeypatch, capsys):
 
 def test_training_by_hand_resumes_bit_for_bit(tmp_path):
     data = phantom_data('fundus', 6, 32)
-    make = lambda steps: recipe_class('skrgan')(size=32, hand=True, augment='turn', batch_size=2, render_steps=steps, style='fundus', **TINY)
+    make = lambda steps: recipe_class('skrgan')(size=32, variants=True, augment='turn', batch_size=2, render_steps=steps, style='fundus', **TINY)
     whole = make(6).fit(data, stages=('render',), progress=False)
     first = make(6)
     class Stop(Exception): pass

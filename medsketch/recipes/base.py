@@ -8,6 +8,7 @@ __all__ = ['RECIPES', 'as_data', 'sized', 'Drawing', 'Saving', 'Training', 'Step
 
 # %% ../../nbs/06_recipes/01_base.ipynb #b64b3ce1
 import copy
+import inspect
 import json
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ..train.growth import Growth
 from ..train.stages import choose, note_frozen, open_run, read_config, train_stage
 from ..train.trainer import make_accelerator
 
-# %% ../../nbs/06_recipes/01_base.ipynb #a137faef
+# %% ../../nbs/06_recipes/01_base.ipynb #266ea8fc
 def as_data(
     data, # a folder, an `ImageData`, or any map-style `Dataset` of dictionaries with `image`
     size:int, # pixels
@@ -48,7 +49,7 @@ def sized(
                          "load it as the recipe needs it")
     return data
 
-# %% ../../nbs/06_recipes/01_base.ipynb #a0c799de
+# %% ../../nbs/06_recipes/01_base.ipynb #7cf737b9
 class Drawing:
     "How a recipe draws"
     def noise(self,
@@ -101,7 +102,7 @@ class Drawing:
         if hasattr(r.nets['G_P'], 'for_inference'): r.nets['G_P'] = r.nets['G_P'].for_inference(dtype)
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #d91fb9f1
+# %% ../../nbs/06_recipes/01_base.ipynb #880d037c
 class Saving:
     "How a recipe is kept"
     @property
@@ -138,7 +139,7 @@ class Saving:
         if cls is not Recipe and not isinstance(r, cls): raise ValueError(f"{path} is of recipe {r.name}, not {cls.name}")
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #932f4086
+# %% ../../nbs/06_recipes/01_base.ipynb #ade1047b
 class Training:
     "How a recipe is trained"
     def prepare(self,
@@ -159,6 +160,11 @@ class Training:
         def both(batch, rng): return change(move(batch, rng) if move else batch, rng)
         if isinstance(size, dict): size = size[self.config['size']]
         return Batches(data, size, seed=seed, augment=both if change else move)
+
+    def images(self, steps):
+        "How many images so many steps see"
+        size = self.config['batch_size']
+        return steps * (max(size.values()) if isinstance(size, dict) else size)
 
     def fit(self,
             data, # a folder, an `ImageData`, or any map-style `Dataset` of dictionaries
@@ -188,7 +194,7 @@ class Training:
 
 def _paths(init): return {k: str(p) for k, p in init.items()} if isinstance(init, dict) else str(init)
 
-# %% ../../nbs/06_recipes/01_base.ipynb #a2e07732
+# %% ../../nbs/06_recipes/01_base.ipynb #2feda333
 class Stepping:
     "One stage of it"
     def _train(self, stage, out, folder, **kwargs):
@@ -269,6 +275,8 @@ class Recipe(Drawing, Saving, Training, Stepping):
         "Raises `ValueError` naming the first argument that does not fit"
         c = self.config
         check_size(c['size'], least=least)
+        losses = (inspect.signature(type(self)).parameters['loss'].default, 'relativistic') if 'loss' in c else ()
+        if losses and c['loss'] not in losses: raise ValueError(f"loss is {c['loss']!r}; use {' or '.join(losses)}")
         if c['augment'] not in AUGMENT: raise ValueError(f"augment is {c['augment']!r}; use one of {', '.join(AUGMENT)}")
         sizes = c['batch_size'].values() if isinstance(c['batch_size'], dict) else [c['batch_size']]
         for k, v in [*((k, c[k]) for k in positive), *(('batch_size', v) for v in sizes)]:
@@ -296,7 +304,7 @@ class Recipe(Drawing, Saving, Training, Stepping):
     @property
     def device(self): return next(next(iter(self.nets.values())).parameters()).device
 
-# %% ../../nbs/06_recipes/01_base.ipynb #e99b293a
+# %% ../../nbs/06_recipes/01_base.ipynb #24ca8e7f
 def with_int_keys(
     config:dict, # keyword arguments
 ) -> dict: # the same, for the tables {resolution: number}: JSON turns their keys into text
@@ -316,7 +324,7 @@ def half_at_last(
     table[sizes[-1]] = max(1, steps - sum(table[s] for s in sizes[:-1]))
     return table
 
-# %% ../../nbs/06_recipes/01_base.ipynb #1908bea4
+# %% ../../nbs/06_recipes/01_base.ipynb #f7f4bb65
 def recipe_class(
     name:str, # a key of `RECIPES`
 ) -> type:

@@ -20,14 +20,14 @@ from ..core import torch_rng
 from ..data import ImageData
 from ..models.dcgan import DCDiscriminator, DCGenerator
 from ..models.pggan import PGDiscriminator, PGGenerator
-from .adversarial import Adversarial, augmenter, d_loss, g_loss
+from .adversarial import Adversarial, augmenter
 from .base import Recipe, half_at_last, with_int_keys
 from ..train.growth import grow_reals
 from ..train.losses import gradient_penalty, logistic_d, logistic_g, wgan_d, wgan_drift, wgan_g
 from ..train.stages import Stage
 from ..train.trainer import Callback
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #62e411c8
+# %% ../../nbs/06_recipes/04_baselines.ipynb #c4501082
 class Variant:
     "What a variant of the game may change"
     @property
@@ -47,10 +47,8 @@ class Variant:
     def generate(self, G, noise, batch): return G(noise)
     def judge(self, D, x): return D(x)
     def real(self, batch): return batch['image']
-    def loss_g(self, D, real, fake, batch): return g_loss(self.config.get('loss'), D, real, fake)
-    def loss_d(self, D, real, fake, batch): return d_loss(self.config.get('loss'), D, real, fake)
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #1debff58
+# %% ../../nbs/06_recipes/04_baselines.ipynb #c22552ac
 class GANDrawing:
     "How the baselines draw"
     def imagine(self, G, batch):
@@ -100,7 +98,7 @@ class GAN(Variant, GANDrawing, Recipe):
         c, game = self.config, self.game()
         phases = game.phases(*(self.optimiser(self.nets[n].parameters()) for n in 'GD'), c.get('critic', 1))
         return [Stage('gan', ('G', 'D'), phases, self.steps, lambda: self.stream(data, c['seed']), average=('G',),
-                      callbacks=[*self.callbacks(), *game.callbacks()], draw=self.grid, columns=self.columns,
+                      callbacks=[*self.callbacks(), *game.callbacks(self.images(self.steps))], draw=self.grid, columns=self.columns,
                       refresh=dict(G=self.feed))]
 
     def game(self):
@@ -108,8 +106,9 @@ class GAN(Variant, GANDrawing, Recipe):
         c = self.config
         r1 = 1. if c.get('r1') is None and c.get('loss') == 'relativistic' else c.get('r1') or 0.
         loss = 'relativistic' if c.get('loss') == 'relativistic' else 'logistic'
-        game = Adversarial('G', 'D', self.imagine, self.real, loss, r1, augment=augmenter(c['diffaugment'], c['ada']), judge=self.judge)
-        game.loss_g, game.loss_d = self.loss_g, self.loss_d
+        aug = augmenter(c['diffaugment'], c['ada'])
+        game = Adversarial('G', 'D', self.imagine, self.real, loss, r1, augment=aug, judge=self.judge)
+        if hasattr(self, 'loss_d') and loss == 'logistic': game.loss_g, game.loss_d = self.loss_g, self.loss_d
         return game
 
 # %% ../../nbs/06_recipes/04_baselines.ipynb #aa1df529
@@ -201,7 +200,7 @@ class ACGANClasses:
         labels = [draw(i) if label is None else torch.tensor([names.index(label)]) for i in range(first, first + n)]
         return dict(label=torch.cat(labels).to(self.device))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #5ee12de1
+# %% ../../nbs/06_recipes/04_baselines.ipynb #26b72afa
 class ACGAN(ACGANClasses, GAN):
     "Auxiliary classifier GAN (Odena et al. 2017)"
     name = 'acgan'
@@ -282,7 +281,7 @@ class WGANGP(GAN):
         "Algorithm 1, line 7"
         return dict(w=wgan_d(D(real), D(fake)), gp=self.config['lam'] * gradient_penalty(D, real, fake))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #4f4c73c4
+# %% ../../nbs/06_recipes/04_baselines.ipynb #287340d8
 class Growing:
     "What growing changes"
     @property
@@ -304,10 +303,9 @@ class Growing:
         return torch.optim.Adam(list(params), self.config['lr'], betas=(0., .99), fused=True)
 
     def loss_g(self, D, real, fake, batch):
-        return super().loss_g(D, real, fake, batch) if self.config['loss'] == 'relativistic' else wgan_g(D(fake))
+        return wgan_g(D(fake))
 
     def loss_d(self, D, real, fake, batch):
-        if self.config['loss'] == 'relativistic': return super().loss_d(D, real, fake, batch)
         r = D(real)
         return dict(w=wgan_d(r, D(fake)), gp=self.config['lam'] * gradient_penalty(D, real, fake), drift=wgan_drift(r))
 
@@ -339,4 +337,4 @@ class PGGAN(Growing, GAN):
         c = self.config
         width = c['fmap_base'], c['fmap_max']
         return dict(G=PGGenerator(c['size'], c['channels'], c['latent_dim'], *width, c['widths']),
-                    D=PGDiscriminator(c['size'], c['channels'], *width, table=c['widths']))
+                    D=PGDiscriminator(c['size'], c['channels'], *width, fmaps=c['widths']))

@@ -21,7 +21,7 @@ from .base import Recipe, sized
 from ..sketch.masks import clean_masks, mask_planes, plane_masks, soften
 from ..train.stages import Stage
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #10762158
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #1163c969
 def mask_game(
     latent_dim:int, # length of the noise
     **how, # for `Adversarial`: loss, r1, augment
@@ -55,7 +55,7 @@ def count_classes(
     "Mask classes with the background: as many as are named, or as the highest id tells"
     return max(2, len(data.classes or ()), 1 + max(int(data.masks[i].max()) for i in range(len(data))))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #d9a66fee
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #04cbacd2
 class DualGANData:
     "What the two stages learn from"
     def prepare(self, data, more=None):
@@ -84,7 +84,7 @@ class DualGANData:
             return batch | dict(sketch=soften(mask_planes(batch['mask'], self.config['classes']), soft))
         return Batches(data, self.config['batch_size'], seed=seed, augment=change)
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #8a50a86a
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #4821f00c
 class DualGANStages:
     "What the dual GAN trains, and when"
     def networks(self):
@@ -102,7 +102,7 @@ class DualGANStages:
         c, aug = self.config, augmenter(self.config['diffaugment'], self.config['ada'])
         game = mask_game(c['latent_dim'], loss=c['loss'], r1=c['r1'], augment=aug)
         return Stage('mask', ('G_M', 'D_M'), game.phases(self._adam('G_M'), self._adam('D_M')), c['mask_steps'],
-                     lambda: self._batches(data, c['seed'], 'mask'), average=('G_M',), callbacks=game.callbacks(),
+                     lambda: self._batches(data, c['seed'], 'mask'), average=('G_M',), callbacks=game.callbacks(self.images(c['mask_steps'])),
                      draw=lambda: self.grid(keys=('mask',)), refresh=dict(G_M=self.feed_noise))
 
     def render_stage(self, data, more=None):
@@ -110,10 +110,10 @@ class DualGANStages:
         pairs = data if more is None else join(data, more)
         phases = RenderLosses(c['lam'], augment=aug).phases(self._adam('G_P'), self._adam('D_P'))
         return Stage('render', ('G_P', 'D_P'), phases, c['render_steps'], lambda: self._batches(pairs, c['seed'] + 1, 'render'),
-                     average=('G_P',), callbacks=adaptive(aug), draw=lambda: self.rendered(pairs),
+                     average=('G_P',), callbacks=adaptive(aug, self.images(c['render_steps'])), draw=lambda: self.rendered(pairs),
                      refresh=dict(G_P=self.feed(pairs)), meta=dict(more=more.fingerprint() if more else None))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #1e20e541
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #7159463a
 class DualGANParts:
     "Optimisers, batch norm and pictures of the stages"
     def _adam(self, name):
@@ -138,7 +138,7 @@ class DualGANParts:
         made = self.averaged().nets['G_P'](planes * 2 - 1).cpu()
         return sample_grid(dict(mask=shown['mask'], rendered=made, image=shown['image']), ('mask', 'rendered', 'image'))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #78f61fb0
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #329c2940
 class DualGANDrawing:
     "How the dual GAN draws"
     def _masks(self, noise):

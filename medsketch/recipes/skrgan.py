@@ -32,10 +32,10 @@ class SketchGenerator(nn.Module):
                  latent_dim:int=512, # length of z and l
                  fmap_base:int=8192, # widths, see `widths`
                  fmap_max:int=512, # widths, see `widths`
-                 table:dict|None=None, # widths by resolution instead
+                 fmaps:dict|None=None, # a table of widths instead, see `widths`
                 ):
         super().__init__()
-        self.net = PGGenerator(size, 1, latent_dim, fmap_base, fmap_max, table)
+        self.net = PGGenerator(size, 1, latent_dim, fmap_base, fmap_max, fmaps)
         self.code = nn.Parameter(torch.ones(latent_dim))  # l
         for layer in self.net.to_image: nn.init.constant_(layer.bias, -1.)  # every size starts from white paper
 
@@ -89,7 +89,7 @@ class JointLosses:
         "The phases of the joint stage"
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #a7ca5f42
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #7223d53f
 class SkrGANStages:
     "What SkrGAN trains, and when"
     def networks(self):
@@ -97,7 +97,7 @@ class SkrGANStages:
         width = c['fmap_base'], c['fmap_max']
         unet = lambda: UNetRenderer(c['size'], 1, c['channels'], c['ngf'], c['ngf_max'], c['depth'], position=c['position'])
         return dict(G_S=SketchGenerator(c['size'], c['latent_dim'], *width, c['widths']),
-                    D_S=PGDiscriminator(c['size'], 1, *width, table=c['widths']),
+                    D_S=PGDiscriminator(c['size'], 1, *width, fmaps=c['widths']),
                     G_P=make_network(c['renderer'], unet, (1, c['size']), (c['channels'], c['size'])),
                     D_P=PatchDiscriminator(1 + c['channels'], c['ndf'], c['receptive_field']))
 
@@ -108,14 +108,14 @@ class SkrGANStages:
         c, aug = self.config, augmenter(self.config['diffaugment'], self.config['ada'])
         game = sketch_game(self.fade, c['latent_dim'], loss=c['loss'], r1=c['r1'], every=c['r1_every'], augment=aug)
         return Stage('sketch', ('G_S', 'D_S'), game.phases(self._adam('G_S'), self._adam('D_S')), self.fade.growth.steps,
-                     lambda: self.stream(data, c['seed']), average=('G_S',), callbacks=[self.fade, *game.callbacks()],
+                     lambda: self.stream(data, c['seed']), average=('G_S',), callbacks=[self.fade, *game.callbacks(self.images(self.fade.growth.steps))],
                      draw=lambda: self.grid(keys=('sketch',)), columns=self.fade.columns)
 
     def render_stage(self, data):
         c, aug = self.config, augmenter(self.config['diffaugment'], self.config['ada'])
         losses = RenderLosses(c['lam'], c['consistency'], augment=aug)
         return Stage('render', ('G_P', 'D_P'), losses.phases(self._adam('G_P'), self._adam('D_P')), c['render_steps'],
-                     lambda: self.pairs_of(data), average=('G_P',), callbacks=adaptive(aug),
+                     lambda: self.pairs_of(data), average=('G_P',), callbacks=adaptive(aug, self.images(c['render_steps'])),
                      draw=lambda: self.rendered(data), refresh=dict(G_P=self.feed(data)))
 
     def joint_stage(self, data):
@@ -126,7 +126,7 @@ class SkrGANStages:
                      lambda: self.stream(data, c['seed'] + 2), average=('G_S', 'G_P'), draw=lambda: self.grid(8),
                      refresh=dict(G_P=self.feed(data)))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #32ee6498
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #c27ada39
 class SkrGANParts:
     "Optimisers, batches and pictures of the stages"
     def _adam(self, *names, part=1.):
@@ -155,7 +155,7 @@ class SkrGANParts:
         made = self.averaged().nets['G_P'](shown['sketch'].to(self.device) * 2 - 1).cpu()
         return sample_grid(dict(sketch=shown['sketch'], rendered=made, image=shown['image']), ('sketch', 'rendered', 'image'))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #fd71e83e
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #13af0514
 class SkrGANDrawing:
     "How SkrGAN draws"
     @torch.no_grad()

@@ -6,7 +6,7 @@
 __all__ = ['RENAMED', 'write_weights', 'weights_file', 'file_header', 'about', 'read_weights', 'misfits', 'take_up', 'read_run',
            'start_from']
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #1b3d793e
+# %% ../../nbs/06_recipes/00_weights.ipynb #cd176c14
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from ..core import atomic_write, weights_name
 from ..train.callbacks import checkpoints
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #15fabab5
+# %% ../../nbs/06_recipes/00_weights.ipynb #ae49f6be
 def write_weights(
     path, # the .safetensors file
     nets:dict, # {name: module}
@@ -35,7 +35,7 @@ def write_weights(
         with atomic_write(path) as f: f.write(data)
     except OSError as e: raise RuntimeError(f"could not write {path}: {e.strerror or e}") from e
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #b5d7a93b
+# %% ../../nbs/06_recipes/00_weights.ipynb #6efa422a
 RENAMED = dict(hand='variants', place='position', local='consistency')  # arguments of earlier versions
 
 def weights_file(
@@ -79,7 +79,7 @@ def read_weights(
     except (SafetensorError, OSError) as e: raise ValueError(f"{path} is not a file that medsketch saved ({e})") from None
     return out
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #88e7e90c
+# %% ../../nbs/06_recipes/00_weights.ipynb #e7258437
 def misfits(
     nets:dict, # {name: module}, the networks there are
     found:dict, # {name: {tensor's name: tensor}}, what a file holds of them
@@ -105,7 +105,7 @@ def take_up(
     for k, net in nets.items():
         for n, t in net.state_dict().items(): t.copy_(found[k][n])
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #1255b4aa
+# %% ../../nbs/06_recipes/00_weights.ipynb #75d80a15
 def read_run(
     path, # a .safetensors file, or the folder of a run, finished or not
 ) -> dict: # {network: {tensor's name: tensor}}

@@ -17,7 +17,7 @@ from ..core import atomic_write, weights_name
 from .callbacks import Callback, Checkpoint, CsvLog, Ema, Progress, SampleGrid, StopOnNan
 from .trainer import Trainer, make_accelerator
 
-# %% ../../nbs/05_train/04_stages.ipynb #fb4426cc
+# %% ../../nbs/05_train/04_stages.ipynb #e5339265
 @dataclass
 class Stage:
     "One stage of a paper's training"
@@ -34,7 +34,7 @@ class Stage:
     refresh:dict=field(default_factory=dict) # {network: feed(net)}, forward passes that settle its batch norm
     meta:dict=field(default_factory=dict) # what else a checkpoint must agree with
 
-# %% ../../nbs/05_train/04_stages.ipynb #1155ecad
+# %% ../../nbs/05_train/04_stages.ipynb #52bd048f
 def choose(
     stages:list, # of `Stage`
     names=None, # which of them to train; None for all
@@ -45,7 +45,7 @@ def choose(
         raise ValueError(f"no stage is called {odd[0]!r}; there are: {', '.join(known)}")
     return list(names or known)
 
-# %% ../../nbs/05_train/04_stages.ipynb #f26fc43b
+# %% ../../nbs/05_train/04_stages.ipynb #4f215cc3
 def read_config(
     out, # the run's folder
 ) -> dict: # what config.json holds; empty if there is none
@@ -65,7 +65,7 @@ def write_config(
         with atomic_write(Path(out)/'config.json', 'w') as f: json.dump(config, f, indent=1)
     except OSError as e: raise ValueError(f"cannot write to {out}: {e.strerror or e}") from None
 
-# %% ../../nbs/05_train/04_stages.ipynb #f540a9a2
+# %% ../../nbs/05_train/04_stages.ipynb #b079ef00
 def open_run(
     recipe, # what is trained: has a `name` and a `config`
     out, # the run's folder
@@ -99,7 +99,7 @@ def _difference(a, b):
         return f"{k}: {_difference(a.get(k), b.get(k))}"
     return f"{a!r} there, {b!r} now"
 
-# %% ../../nbs/05_train/04_stages.ipynb #2466c582
+# %% ../../nbs/05_train/04_stages.ipynb #c8f582e0
 def note_frozen(
     out, # the run's folder
     stage:str, # name of the stage
@@ -114,7 +114,7 @@ def note_frozen(
         raise ValueError(f"stage {stage} of {out} began with other weights of {k}: choose another output folder")
     if stage not in noted: write_config(out, config | dict(frozen=noted | {stage: found}))
 
-# %% ../../nbs/05_train/04_stages.ipynb #69f53160
+# %% ../../nbs/05_train/04_stages.ipynb #7de34e6e
 class Made(Callback):
     "How many steps were made since training was taken up"
     def before_fit(self, trainer): self.first = trainer.step
