@@ -315,7 +315,7 @@ def _restart_noise(trainer, state):
     try: set_rng_state(state['rng'])
     except Exception as e: raise TypeError(f"the random state is damaged ({e})") from e
 
-# %% ../../nbs/05_train/02_trainer.ipynb #52c2159f
+# %% ../../nbs/05_train/02_trainer.ipynb #56f20ba4
 class Trainer(_Loop):
     "Runs phases over batches, and calls the callbacks around every step"
     @property
@@ -347,5 +347,6 @@ class Trainer(_Loop):
             if k in state['callbacks']: c.load_state_dict(state['callbacks'][k])
         if self.accelerator.scaler and state['scaler']: self.accelerator.scaler.load_state_dict(state['scaler'])
         self.step, self.images = index(state['step']), index(state['images'])
-        self.losses, self.scores = dict(state['losses']), dict(state.get('scores', {}))
+        self.losses = {k: v.to(self.device) for k, v in state['losses'].items()}
+        self.scores = {k: v + 0. for k, v in state.get('scores', {}).items()}
         _restart_noise(self, state)
