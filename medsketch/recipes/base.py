@@ -19,12 +19,12 @@ from ..data import ImageData, load_images
 from ..data.batches import AUGMENT, Batches
 from .weights import about, file_header, read_weights, start_from, take_up, weights_file, write_weights
 from ..sketch import add_sketches
-from ..train.callbacks import Ema, Fade, newest_checkpoint
+from ..train.callbacks import Ema, Fade
 from ..train.growth import Growth
-from ..train.stages import choose, note_frozen, open_run, read_config, train_stage
+from ..train.stages import choose, newest_checkpoint, note_frozen, open_run, read_config, train_stage
 from ..train.trainer import make_accelerator
 
-# %% ../../nbs/06_recipes/01_base.ipynb #266ea8fc
+# %% ../../nbs/06_recipes/01_base.ipynb #9a3c0b4f
 def as_data(
     data, # a folder, an `ImageData`, or any map-style `Dataset` of dictionaries with `image`
     size:int, # pixels
@@ -49,7 +49,7 @@ def sized(
                          "load it as the recipe needs it")
     return data
 
-# %% ../../nbs/06_recipes/01_base.ipynb #7cf737b9
+# %% ../../nbs/06_recipes/01_base.ipynb #21a2954a
 class Drawing:
     "How a recipe draws"
     def noise(self,
@@ -102,7 +102,7 @@ class Drawing:
         if hasattr(r.nets['G_P'], 'for_inference'): r.nets['G_P'] = r.nets['G_P'].for_inference(dtype)
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #880d037c
+# %% ../../nbs/06_recipes/01_base.ipynb #5a9fc3e1
 class Saving:
     "How a recipe is kept"
     @property
@@ -116,7 +116,7 @@ class Saving:
             ):
         "Write configuration and weights in one file. Raises `RuntimeError` if the disk refuses"
         head = dict(recipe=self.name, config=self.config)
-        if self.fade and self.fade.size < self.config['size']: head['grown'] = [self.fade.size, self.fade.alpha]
+        if self.fade and not self.fade.grown: head['grown'] = [self.fade.size, self.fade.alpha, self.fade.alphas]
         write_weights(path, self.shared, head, half)
 
     def load_weights(self,
@@ -139,7 +139,7 @@ class Saving:
         if cls is not Recipe and not isinstance(r, cls): raise ValueError(f"{path} is of recipe {r.name}, not {cls.name}")
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #ade1047b
+# %% ../../nbs/06_recipes/01_base.ipynb #37ad170c
 class Training:
     "How a recipe is trained"
     def prepare(self,
@@ -173,6 +173,7 @@ class Training:
             stages=None, # names of the stages to train, in order; what `out` holds of the others is loaded
             init=None, # weights to start from: a run's folder or a file, or {network: path}
             more=None, # further data, for recipes that take some
+            noted:dict=None, # further entries for config.json, such as where the images lie
             **kwargs, # for `train_stage` (every, progress, callbacks, best) and `Trainer` (mixed_precision, accumulate)
            ):
         "Train stage by stage. Raises `ValueError` if data or run do not fit, `TrainingDiverged` on NaN"
@@ -182,7 +183,7 @@ class Training:
         if init := init or (read_config(out).get('init', {}).get('from') if out and resume else None):
             notes = notes | dict(init={'from': _paths(init), 'weights': start_from(self.nets, init)})
             self.learned |= notes['init']['weights'].keys()
-        if out: open_run(self, out, data, resume, **notes)
+        if out: open_run(self, out, data, resume, noted, **notes)
         meta = dict(recipe=self.name, config=json.dumps(self.config), data=data.fingerprint())
         for i, stage in enumerate(todo):
             if not stage.steps: continue
@@ -194,7 +195,7 @@ class Training:
 
 def _paths(init): return {k: str(p) for k, p in init.items()} if isinstance(init, dict) else str(init)
 
-# %% ../../nbs/06_recipes/01_base.ipynb #2feda333
+# %% ../../nbs/06_recipes/01_base.ipynb #db4430ab
 class Stepping:
     "One stage of it"
     def _train(self, stage, out, folder, **kwargs):
@@ -205,7 +206,8 @@ class Stepping:
         self.ema = Ema(refresh=stage.refresh, **pick(stage.average))
         try:
             trainer = train_stage(pick(stage.learns), stage.phases, stage.batches(), stage.steps, folder, stage.callbacks,
-                                  self.ema, stage.draw, columns=stage.columns, frozen=pick(stage.frozen), **kwargs)
+                                  self.ema, stage.draw, columns=stage.columns, frozen=pick(stage.frozen),
+                                  label=stage.name, **kwargs)
             return trainer.made
         finally: self._settle()
 
@@ -218,9 +220,10 @@ class Stepping:
         "Load what a run holds of a stage that is not trained now"
         if not (folder and (state := newest_checkpoint(folder/'checkpoints', meta))): return
         for n in stage.learns: self.nets[n].load_state_dict(state['nets'][n])
-        self.ema = Ema(**{n: self.nets[n] for n in stage.average})
+        self.ema = Ema(refresh=stage.refresh, **{n: self.nets[n] for n in stage.average})
         self.ema.load_state_dict(next(s for k, s in state['callbacks'].items() if k.startswith('Ema')))
-        if self.fade in stage.callbacks: self.fade.size, self.fade.alpha, *_ = self.fade.growth.at(state['step'])
+        if state['step'] >= stage.steps: self.ema.reestimate()
+        if self.fade in stage.callbacks: self.fade.jump(state['step'])
         self.learned |= set(stage.learns)
         self._settle()
 
@@ -294,7 +297,7 @@ class Recipe(Drawing, Saving, Training, Stepping):
         c = self.config
         sizes = c['batch_size'] if isinstance(c['batch_size'], dict) else None
         self.fade = Fade(Growth(c['size'], c['batches'], c['start'], batch_size=sizes))
-        self.fade.size, self.fade.alpha = c['size'], 1.
+        self.fade.jump()
 
     def to(self, device):
         "Move all networks"
@@ -304,7 +307,7 @@ class Recipe(Drawing, Saving, Training, Stepping):
     @property
     def device(self): return next(next(iter(self.nets.values())).parameters()).device
 
-# %% ../../nbs/06_recipes/01_base.ipynb #24ca8e7f
+# %% ../../nbs/06_recipes/01_base.ipynb #8d8ba963
 def with_int_keys(
     config:dict, # keyword arguments
 ) -> dict: # the same, for the tables {resolution: number}: JSON turns their keys into text
@@ -324,7 +327,7 @@ def half_at_last(
     table[sizes[-1]] = max(1, steps - sum(table[s] for s in sizes[:-1]))
     return table
 
-# %% ../../nbs/06_recipes/01_base.ipynb #f7f4bb65
+# %% ../../nbs/06_recipes/01_base.ipynb #d05601b8
 def recipe_class(
     name:str, # a key of `RECIPES`
 ) -> type:
@@ -340,5 +343,5 @@ def load_recipe(
     head = file_header(path)
     try: recipe = recipe_class(head['recipe'])(**head['config'])
     except TypeError as e: raise ValueError(f"{path} does not fit this version of recipe {head['recipe']} ({e})") from None
-    if 'grown' in head: recipe.fade.size, recipe.fade.alpha = head['grown']
+    if 'grown' in head: recipe.fade.size, recipe.fade.alpha, recipe.fade.alphas = head['grown']
     return recipe.load_weights(weights_file(path)).to(device or default_device())

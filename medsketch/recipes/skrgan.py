@@ -89,7 +89,7 @@ class JointLosses:
         "The phases of the joint stage"
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #7223d53f
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #41bb8fff
 class SkrGANStages:
     "What SkrGAN trains, and when"
     def networks(self):
@@ -126,7 +126,7 @@ class SkrGANStages:
                      lambda: self.stream(data, c['seed'] + 2), average=('G_S', 'G_P'), draw=lambda: self.grid(8),
                      refresh=dict(G_P=self.feed(data)))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #c27ada39
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #2acd12d7
 class SkrGANParts:
     "Optimisers, batches and pictures of the stages"
     def _adam(self, *names, part=1.):
@@ -155,7 +155,7 @@ class SkrGANParts:
         made = self.averaged().nets['G_P'](shown['sketch'].to(self.device) * 2 - 1).cpu()
         return sample_grid(dict(sketch=shown['sketch'], rendered=made, image=shown['image']), ('sketch', 'rendered', 'image'))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #13af0514
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #ed5e1075
 class SkrGANDrawing:
     "How SkrGAN draws"
     @torch.no_grad()
