@@ -16,7 +16,7 @@ from medsketch.evaluate import table
 from medsketch.evaluate.compare import compare, make_recipe, settings_for
 from medsketch.evaluate.distances import Score
 from medsketch.evaluate.features import thumbnails
-from medsketch.evaluate.table import METRICS, Table, floor_scores, score_images
+from medsketch.evaluate.table import METRICS, Table, baseline_scores, score_images
 
 SMALL = {'ngf': 8, 'ndf': 8, 'batch_size': 4, 'latent_dim': 16, 'fmap_base': 64, 'fmap_max': 16, 'skrgan.receptive_field': 16, 'augment': 'flip'}
 BUDGET = {"steps": 6, "n": 12, "settings": SMALL, "features": 'thumbnails', "metrics": ('swd', 'fid'), "resamples": 4, "progress": False, "say": lambda s: None}
@@ -38,7 +38,7 @@ def test_all_systems_of_the_paper_under_one_budget(eyes, tmp_path):
     table = compare(eyes, names, tmp_path, **BUDGET)
     assert list(table.rows) == names
     assert all(np.isfinite(s.value) and s.n_fake == 12 for runs in table.rows.values() for scores in runs for s in scores)
-    assert {p.name for p in tmp_path.iterdir()} == {'runs', 'floor.json', 'table.txt', 'table.md', 'table.csv', 'samples.png'}
+    assert {p.name for p in tmp_path.iterdir()} == {'runs', 'baseline.json', 'table.txt', 'table.md', 'table.csv', 'samples.png'}
     assert 'parameters' in (tmp_path / 'table.txt').read_text()
 
 
@@ -149,7 +149,7 @@ def test_halves_of_the_real_images_share_nobody():
     rows = np.repeat(np.arange(4), 8)
     people = ImageData(one.images[rows], subjects=[f's{r}' for r in rows])
     alone = ImageData(one.images[rows])
-    fid = lambda d: floor_scores(d, ('fid',), thumbnails(), resamples=0)[0].value
+    fid = lambda d: baseline_scores(d, ('fid',), thumbnails(), resamples=0)[0].value
     assert fid(people) > 2 * fid(alone)
 
 
@@ -162,10 +162,10 @@ def test_nan_and_mixed_sizes_are_refused(eyes):
         with pytest.raises(ValueError, match='size'): score_images(real, real[..., :16, :16], (m,), thumbnails(4), resamples=0)
 
 
-def test_the_floor_of_a_folder_sorted_by_class_has_both_classes(monkeypatch):
+def test_the_baseline_of_a_folder_sorted_by_class_has_both_classes(monkeypatch):
     sick = np.repeat([0, 255], 60).astype(np.uint8)
     ds, seen = ImageData(np.broadcast_to(sick[:, None, None, None], (120, 1, 16, 16)).copy()), []
     monkeypatch.setattr(table, 'score_images', lambda a, b, *args, **kwargs: seen.extend((a, b)) or [])
-    floor_scores(ds, ('swd',), most=20)
+    baseline_scores(ds, ('swd',), most=20)
     for half in seen: assert len(half) == 20 and 3 < (half.images[:, 0, 0, 0] == 255).sum() < 17
     assert not set(seen[0].subjects) & set(seen[1].subjects)
