@@ -109,6 +109,32 @@ def test_mistakes_are_said_before_anything_is_trained(eyes, tmp_path, change, me
     assert not (tmp_path / 'runs').exists()
 
 
+class Copyist:
+    "Knows the face of a recipe and gives back the images it was trained on"
+    name, nets, config = 'copyist', {}, {'seed': 0}
+    def fit(self, data, out, **kwargs): self.data = data
+    def sample(self, n, seed=0): return {'image': self.data.batch(range(n))['image']}
+
+
+def test_copies_are_counted_against_the_images_trained_on(eyes, tmp_path):
+    "Not against the reference, where a copyist would pass for honest"
+    budget = BUDGET | {'metrics': ('copies',), 'reference': phantom_data('fundus', 20, 32, seed=9)}
+    [[found]] = compare(eyes, {'mine': Copyist()}, tmp_path, **budget).rows['mine']
+    assert found.value == 1. and found.n_fake == 12
+
+
+def test_a_comparison_knows_recipes_by_their_face(eyes, tmp_path):
+    "Classes, a lookup or names: the same recipe; and whoever passes classes needs none of ours"
+    from medsketch.recipes import DCGAN
+    a = compare(eyes, ['dcgan'], tmp_path / 'a', **BUDGET)
+    b = compare(eyes, {'dcgan': DCGAN}, tmp_path / 'b', **BUDGET)
+    c = compare(eyes, ['some'], tmp_path / 'c', lookup={'some': DCGAN}.__getitem__, **BUDGET)
+    first = lambda t, name: [s.value for s in t.rows[name][0]]
+    assert first(a, 'dcgan') == first(b, 'dcgan') == first(c, 'some')
+    code = "import sys, medsketch.evaluate.compare; print([m for m in sys.modules if m.startswith('medsketch.recipes')])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
 def test_too_few_images(tmp_path):
     with pytest.raises(ValueError, match='at least 12'): compare(phantom_data('fundus', 3, 32), ['dcgan'], tmp_path, **BUDGET)
 
