@@ -16,7 +16,7 @@ from medsketch.evaluate import table
 from medsketch.evaluate.compare import compare, make_recipe, settings_for
 from medsketch.evaluate.distances import Score
 from medsketch.evaluate.features import thumbnails
-from medsketch.evaluate.table import METRICS, Table, floor_scores, score_images
+from medsketch.evaluate.table import METRICS, Table, baseline_scores, score_images
 
 SMALL = {'ngf': 8, 'ndf': 8, 'batch_size': 4, 'latent_dim': 16, 'fmap_base': 64, 'fmap_max': 16, 'skrgan.receptive_field': 16, 'augment': 'flip'}
 BUDGET = {"steps": 6, "n": 12, "settings": SMALL, "features": 'thumbnails', "metrics": ('swd', 'fid'), "resamples": 4, "progress": False, "say": lambda s: None}
@@ -38,7 +38,7 @@ def test_all_systems_of_the_paper_under_one_budget(eyes, tmp_path):
     table = compare(eyes, names, tmp_path, **BUDGET)
     assert list(table.rows) == names
     assert all(np.isfinite(s.value) and s.n_fake == 12 for runs in table.rows.values() for scores in runs for s in scores)
-    assert {p.name for p in tmp_path.iterdir()} == {'runs', 'floor.json', 'table.txt', 'table.md', 'table.csv', 'samples.png'}
+    assert {p.name for p in tmp_path.iterdir()} == {'runs', 'baseline.json', 'table.txt', 'table.md', 'table.csv', 'samples.png'}
     assert 'parameters' in (tmp_path / 'table.txt').read_text()
 
 
@@ -109,6 +109,32 @@ def test_mistakes_are_said_before_anything_is_trained(eyes, tmp_path, change, me
     assert not (tmp_path / 'runs').exists()
 
 
+class Copyist:
+    "Knows the face of a recipe and gives back the images it was trained on"
+    name, nets, config = 'copyist', {}, {'seed': 0}
+    def fit(self, data, out, **kwargs): self.data = data
+    def sample(self, n, seed=0): return {'image': self.data.batch(range(n))['image']}
+
+
+def test_copies_are_counted_against_the_images_trained_on(eyes, tmp_path):
+    "Not against the reference, where a copyist would pass for honest"
+    budget = BUDGET | {'metrics': ('copies',), 'reference': phantom_data('fundus', 20, 32, seed=9)}
+    [[found]] = compare(eyes, {'mine': Copyist()}, tmp_path, **budget).rows['mine']
+    assert found.value == 1. and found.n_fake == 12
+
+
+def test_a_comparison_knows_recipes_by_their_face(eyes, tmp_path):
+    "Classes, a lookup or names: the same recipe; and whoever passes classes needs none of ours"
+    from medsketch.recipes import DCGAN
+    a = compare(eyes, ['dcgan'], tmp_path / 'a', **BUDGET)
+    b = compare(eyes, {'dcgan': DCGAN}, tmp_path / 'b', **BUDGET)
+    c = compare(eyes, ['some'], tmp_path / 'c', lookup={'some': DCGAN}.__getitem__, **BUDGET)
+    first = lambda t, name: [s.value for s in t.rows[name][0]]
+    assert first(a, 'dcgan') == first(b, 'dcgan') == first(c, 'some')
+    code = "import sys, medsketch.evaluate.compare; print([m for m in sys.modules if m.startswith('medsketch.recipes')])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
 def test_too_few_images(tmp_path):
     with pytest.raises(ValueError, match='at least 12'): compare(phantom_data('fundus', 3, 32), ['dcgan'], tmp_path, **BUDGET)
 
@@ -149,7 +175,7 @@ def test_halves_of_the_real_images_share_nobody():
     rows = np.repeat(np.arange(4), 8)
     people = ImageData(one.images[rows], subjects=[f's{r}' for r in rows])
     alone = ImageData(one.images[rows])
-    fid = lambda d: floor_scores(d, ('fid',), thumbnails(), resamples=0)[0].value
+    fid = lambda d: baseline_scores(d, ('fid',), thumbnails(), resamples=0)[0].value
     assert fid(people) > 2 * fid(alone)
 
 
@@ -162,10 +188,10 @@ def test_nan_and_mixed_sizes_are_refused(eyes):
         with pytest.raises(ValueError, match='size'): score_images(real, real[..., :16, :16], (m,), thumbnails(4), resamples=0)
 
 
-def test_the_floor_of_a_folder_sorted_by_class_has_both_classes(monkeypatch):
+def test_the_baseline_of_a_folder_sorted_by_class_has_both_classes(monkeypatch):
     sick = np.repeat([0, 255], 60).astype(np.uint8)
     ds, seen = ImageData(np.broadcast_to(sick[:, None, None, None], (120, 1, 16, 16)).copy()), []
     monkeypatch.setattr(table, 'score_images', lambda a, b, *args, **kwargs: seen.extend((a, b)) or [])
-    floor_scores(ds, ('swd',), most=20)
+    baseline_scores(ds, ('swd',), most=20)
     for half in seen: assert len(half) == 20 and 3 < (half.images[:, 0, 0, 0] == 255).sum() < 17
     assert not set(seen[0].subjects) & set(seen[1].subjects)

@@ -62,7 +62,7 @@ def test_planted_copies_are_all_found_with_their_originals(sets, kind):
     assert got.verdicts[:6] == ['copy'] * 6 and 'copy' not in got.verdicts[6:] and got.alarm
     worst = got.worst(6)
     assert {(r['image'], r['train']) for r in worst} == {(i, i + 5) for i in range(6)}
-    assert all(r['held'].startswith('mirrored' if 'mirrored' in kind else 'as it is') for r in worst)
+    assert all(r['aligned'].startswith('mirrored' if 'mirrored' in kind else 'as it is') for r in worst)
     assert max(r['ratio'] for r in worst) < .7 and max(r['second'] for r in worst) < .7
 
 
@@ -72,7 +72,7 @@ def test_without_mirrors_a_mirrored_copy_is_missed(sets):
     assert 'copy' not in got.verdicts
     turned = {'as it is': MIRROR['as it is'], 'turned': lambda x: x.rot90(1, (-2, -1))}
     got = privacy_check(train[:6].rot90(-1, (-2, -1)), train, held, moves=turned, shift=0)
-    assert set(got.verdicts) == {'copy'} and got.worst(1)[0]['held'] == 'turned'
+    assert set(got.verdicts) == {'copy'} and got.worst(1)[0]['aligned'] == 'turned'
 
 
 @pytest.mark.parametrize('leave_one_out', [False, True])
@@ -134,7 +134,7 @@ def test_chunks_and_streams_give_the_same(sets):
     b = privacy_check((x for x in fake.split(4)), [{'image': x} for x in train.split(9)], iter(held.split(7)), thumbnails(4), shift=1, chunk=3)
     assert a.verdicts == b.verdicts
     for u, v in zip(a.views, b.views):
-        assert u.nearest == v.nearest and u.held == v.held and u.distance == pytest.approx(v.distance, abs=1e-6) and u.real == pytest.approx(v.real, abs=1e-6)
+        assert u.nearest == v.nearest and u.aligned == v.aligned and u.distance == pytest.approx(v.distance, abs=1e-6) and u.real == pytest.approx(v.real, abs=1e-6)
 
 
 def test_nearest_agrees_with_all_distances_whatever_the_blocks():

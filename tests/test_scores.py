@@ -37,6 +37,7 @@ from medsketch.evaluate.features import (
 from medsketch.evaluate.moco import (
     KeyEncoder,
     MocoEncoder,
+    MocoLoss,
     Views,
     info_nce,
     load_moco,
@@ -383,6 +384,19 @@ def test_queue_keeps_the_newest():
     K = KeyEncoder(MocoEncoder(1, 18, .125, dim=4), queue=5)
     for i in range(4): K.push(torch.full((2, 4), float(i)))
     assert sorted(K.queue[:, 0].tolist()) == [1, 2, 2, 3, 3]
+
+
+def test_the_queue_is_fed_by_the_key_network():
+    torch.manual_seed(0)
+    E = MocoEncoder(1, 18, .125, dim=4)
+    nets = SimpleNamespace(E=E, K=KeyEncoder(E, queue=6))
+    with torch.no_grad():
+        for p in nets.K.encoder.parameters(): p.add_(.05 * torch.randn(p.shape))
+    x = pictures(3, 1, 32)
+    MocoLoss(lambda x: x)(nets, {'image': x}).backward()
+    with torch.no_grad(): keys, queries = nets.K.encoder(x), E(x)
+    assert (keys - queries).abs().max() > .01 and torch.allclose(nets.K.queue[:3], keys, atol=1e-5)
+    assert all(p.grad is None for p in nets.K.parameters()) and any(p.grad is not None for p in E.parameters())
 
 
 def test_views_stay_images_and_mirror_only_if_asked():

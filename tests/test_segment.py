@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from medsketch.data import ImageData, load_images, phantom_data
 from medsketch.evaluate.continuity import (
@@ -60,6 +61,14 @@ def test_learns_what_is_easy(kw):
     assert torch.equal(s.segment(held), p.argmax(1)) and s.segment(held).dtype == torch.int64
     marked = with_masks(ImageData(held.images, paths=held.paths, subjects=held.subjects), s)
     assert marked.masks.dtype == np.uint8 and (marked.masks == held.masks).mean() > .85 and marked.paths == held.paths
+
+
+def test_the_learning_rate_of_a_fit_falls_to_nothing():
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda opt, args, kwargs: rates.append(opt.param_groups[0]['lr']))
+    try: quiet(steps=10, lr=.01).fit(stripes(), progress=False)
+    finally: hook.remove()
+    assert rates == pytest.approx([.01 * (1 - i / 10) ** .9 for i in range(10)])
 
 
 def test_prediction_is_image_by_image():

@@ -10,30 +10,17 @@ __all__ = ['CONTINUITY', 'thin', 'piece_lengths', 'continuity', 'length_histogra
 import cv2
 import numpy as np
 import torch
+from skimage.morphology import skeletonize
 
 from .distances import Score, bootstrap
 from .segment import field_of_view
 
 # %% ../../nbs/07_evaluate/07_continuity.ipynb #c767fefe
-def _removable(turn):
-    "For each of the 256 neighbourhoods: may the pixel in the middle go?"
-    p = (np.arange(256) >> np.arange(8)[:, None] & 1).astype(bool) # (8, 256), clockwise from north
-    runs = sum((~p[i] & (p[i + 1] | p[(i + 2) % 8])).astype(int) for i in (0, 2, 4, 6))
-    n = np.minimum(*(sum((p[i] | p[(i + 1) % 8]).astype(int) for i in range(first, 8, 2)) for first in (0, 1)))
-    stay = ((p[4] | p[5] | ~p[7]) & p[6], (p[0] | p[1] | ~p[3]) & p[2])[turn]
-    return ((runs == 1) & (n >= 2) & (n <= 3) & ~stay).astype(np.uint8)
-
-_PEEL, _BITS = (_removable(0), _removable(1)), np.float32([[128, 1, 2], [64, 0, 4], [32, 16, 8]])
-
 def thin(
     mask, # (H, W), above 0 is foreground
 ) -> np.ndarray: # (H, W) bool
-    "The lines in the middle, one pixel wide, with the pieces and holes of the mask (Guo and Hall 1989)"
-    m = np.pad((np.asarray(mask) > 0).astype(np.uint8), 1)
-    while True:
-        before = m
-        for table in _PEEL: m = m & (1 - table[cv2.filter2D(m, -1, _BITS, borderType=cv2.BORDER_CONSTANT)])
-        if (m == before).all(): return m[1:-1, 1:-1] > 0
+    "The lines in the middle, one pixel wide, with the pieces and holes of the mask (Zhang and Suen 1984)"
+    return skeletonize(np.asarray(mask) > 0, method='zhang')
 
 # %% ../../nbs/07_evaluate/07_continuity.ipynb #9d2993ab
 def piece_lengths(
@@ -81,7 +68,7 @@ def length_histograms(
     masks, # as for `continuity`
     field=None, # as for `continuity`
 ) -> torch.Tensor: # (N, bins) float64; the row's sum is the length of all vessels, in sides
-    "Vessel length held by pieces of each length, image by image"
+    "Vessel length in pieces of each length, image by image"
     edges = np.linspace(_LOW, _HIGH, (_HIGH - _LOW) * _PER_OCTAVE + 1)
     def one(m):
         v = piece_lengths(m)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fid', 'kid', 'prdc', 'grey_histograms', 'orientation_histograms', 'width_histograms', 'kl_divergence', 'bootstrap',
-           'Score', 'score_table', 'feature_scores', 'fid_score']
+           'Score', 'same_origin', 'score_table', 'feature_scores', 'fid_score']
 
 # %% ../../nbs/07_evaluate/03_distances.ipynb #e631fbff
 from dataclasses import dataclass, field
@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import torch
+from sklearn.neighbors import NearestNeighbors
+from tabulate import tabulate
 
-from ..core import text_table, to_uint8, torch_rng
+from ..core import to_uint8, torch_rng
 from .features import Extractor, FeatureStats, check_features, check_shapes, seen_shape
 from .metrics import image_batches
 
@@ -85,13 +87,10 @@ def _kernel_sums(x, y, u, v, diagonal=True, rows=1024):
     return total
 
 # %% ../../nbs/07_evaluate/03_distances.ipynb #67c9d2d8
-def _knn_radii(x, k, rows=1024):
+def _knn_radii(x, k):
     "Distance of each point to its k-th nearest neighbour in the same set"
-    def radius(i):
-        d = torch.cdist(x[i:i + rows], x)
-        d.diagonal(i).fill_(-1)  # itself comes first, whatever rounding says
-        return d.kthvalue(k + 1, dim=1).values
-    return torch.cat([radius(i) for i in range(0, len(x), rows)])
+    found = NearestNeighbors(n_neighbors=k, algorithm='brute').fit(x.numpy())
+    return torch.from_numpy(found.kneighbors()[0][:, -1])  # without a query, no point is its own neighbour
 
 def prdc(
     real:torch.Tensor, # (N, d) features of real images, N more than k
@@ -214,26 +213,38 @@ class Score:
     def __str__(self):
         return f"{self.name} {self.text} · {self.n_real} real, {self.n_fake} synthetic · {self.extractor} · {self.version}" + (f' · {self.note}' if self.note else '')
 
+def same_origin(
+    name:str, # of the scores
+    scores:list, # of `Score`, which are to stand side by side
+    what:str='column', # where
+):
+    "Refuse scores of different extractors or versions. Raises `ValueError` naming them"
+    for k in ('extractor', 'version'):
+        if len(kinds := {getattr(s, k) for s in scores}) > 1:
+            raise ValueError(f"{name} was computed with different {k}s ({'; '.join(sorted(kinds))}): "
+                             f"such numbers do not belong in one {what}")
+
 def score_table(
     rows:dict, # {system: [Score, ...]}
+    format:str='simple', # 'simple' for a terminal, 'pipe' for Markdown: any format of tabulate's
 ) -> str:
-    "Scores as text, a line per system and a column per score. Raises `ValueError` if a column would mix extractors or versions"
+    "A line per system, a column per score. Raises `ValueError` if a column would mix extractors or versions"
     columns = {}
     for system, scores in rows.items():
         for s in scores: columns.setdefault(s.name, {})[system] = s
-    lines, feet = [['', *columns]] + [[system] for system in rows], []
-    for name, column in columns.items():
-        for what in ('extractor', 'version'):
-            if len(kinds := {getattr(s, what) for s in column.values()}) > 1:
-                raise ValueError(f"{name} was computed with different {what}s ({'; '.join(sorted(kinds))}): such numbers do not belong in one column")
-        counts = {(s.n_real, s.n_fake) for s in column.values()}
-        for line, system in zip(lines[1:], rows):
-            s = column.get(system)
-            line.append('' if s is None else s.text + (f' (n = {s.n_real}, {s.n_fake})' if len(counts) > 1 else ''))
-        s, notes = next(iter(column.values())), sorted({s.note for s in column.values()})
-        n = f'{s.n_real} real, {s.n_fake} synthetic' if len(counts) == 1 else 'the numbers of images differ'
-        feet.append(f"{name}: " + ' · '.join(filter(None, (n, s.extractor, *notes, s.version))))
-    return '\n'.join([text_table(lines), '', *feet])
+    for name, column in columns.items(): same_origin(name, column.values())
+    several = {name: len({(s.n_real, s.n_fake) for s in column.values()}) > 1 for name, column in columns.items()}
+    cell = lambda s, counts: s.text + (f' (n = {s.n_real}, {s.n_fake})' if counts else '') if s else ''
+    lines = [[system, *(cell(column.get(system), several[k]) for k, column in columns.items())] for system in rows]
+    table = tabulate(lines, ['', *columns], format, disable_numparse=True)
+    feet = [_foot(name, list(column.values()), several[name]) for name, column in columns.items()]
+    return '\n'.join([table, '', *(f'- {f}' if format == 'pipe' else f for f in feet)])
+
+def _foot(name, scores, several):
+    "What one column was computed from"
+    s, notes = scores[0], sorted({s.note for s in scores})
+    n = 'the numbers of images differ' if several else f'{s.n_real} real, {s.n_fake} synthetic'
+    return f"{name}: " + ' · '.join(filter(None, (n, s.extractor, *notes, s.version)))
 
 # %% ../../nbs/07_evaluate/03_distances.ipynb #fa9f773b
 def feature_scores(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'SHOWN', 'SKRGAN_TABLE2', 'DUALGAN_TABLE1', 'HISTOGRAMS', 'synthetic_pairs', 'protocol_steps', 'mix',
-           'check_sides', 'student', 'paired_difference', 'Downstream', 'downstream', 'skrgan_table2',
-           'half_divergences', 'dualgan_f1']
+           'check_sides', 'paired_difference', 'Downstream', 'downstream', 'skrgan_table2', 'half_divergences',
+           'dualgan_f1']
 
 # %% ../../nbs/07_evaluate/08_downstream.ipynb #0116d830
 import csv
@@ -19,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
+from tabulate import tabulate
 
-from ..core import atomic_write, text_table, to_uint8, torch_rng
+from ..core import atomic_write, to_uint8, torch_rng
 from ..data import ImageData, join
 from .distances import grey_histograms, kl_divergence, orientation_histograms, width_histograms
 from .paired import segmentation_scores
@@ -173,31 +175,17 @@ def _cell(seed, sets, field, settings, folder, progress):
     return result
 
 # %% ../../nbs/07_evaluate/08_downstream.ipynb #91d75f99
-def student(
-    df:int, # degrees of freedom, at least 1
-    level:float=.95, # share of the interval
-) -> float: # how many standard errors
-    "Half width of Student's interval: with t = √df tan θ its density is cos(θ)^(df − 1), summed here"
-    theta = np.linspace(0, np.pi / 2, 200_001)
-    density = np.cos(theta) ** (df - 1)
-    share = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
-    return float(np.sqrt(df) * np.tan(np.interp(level, share / share[-1], theta)))
-
 def paired_difference(
     a, b, # numbers, one per seed, in the same order
 ) -> tuple: # mean of a - b, low, high; the ends are NaN for a single seed
     "Difference seed by seed, with Student's 95 % interval"
     d = np.asarray(a, float) - np.asarray(b, float)
-    half = student(len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else float('nan')
+    if len(d) < 2: return float(d.mean()), float('nan'), float('nan')
+    half = stats.t.ppf(.975, len(d) - 1) * stats.sem(d)
     return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
 
 # %% ../../nbs/07_evaluate/08_downstream.ipynb #dc81580c
 SHOWN = ('sensitivity', 'accuracy', 'auc', 'f1')
-
-def _format(lines, markdown):
-    "Lines of cells as aligned text or as Markdown"
-    if markdown: return '\n'.join(f"| {' | '.join(c)} |" for c in [lines[0], ['---'] * len(lines[0]), *lines[1:]])
-    return text_table(lines)
 
 @dataclass
 class Downstream:
@@ -236,7 +224,8 @@ class Downstream:
         if format not in ('text', 'markdown', 'csv'): raise ValueError(f"format {format!r}; use 'text', 'markdown' or 'csv'")
         if format != 'csv':
             lines = list(zip(*self._lines())) if self.across else self._lines()
-            return _format(lines, format == 'markdown') + '\n\n' + ('\n\n' if format == 'markdown' else '\n').join(self._feet())
+            kind, gap = ('pipe', '\n\n') if format == 'markdown' else ('simple', '\n')
+            return tabulate(lines, headers='firstrow', tablefmt=kind, disable_numparse=True) + '\n\n' + gap.join(self._feet())
         f, rows = io.StringIO(), self.rows()
         w = csv.DictWriter(f, rows[0], lineterminator='\n')
         w.writeheader()

@@ -44,8 +44,6 @@ def vessel_channel(
     for i in range(n): out[i, 0] = table[clahe.apply(np.ascontiguousarray(images[i][channels // 2]))]
     return out
 
-
-
 # %% ../../nbs/07_evaluate/06_segment.ipynb #d2afcebc
 class Patches:
     "Square pieces of every image of a batch, at random places"
@@ -61,8 +59,6 @@ class Patches:
         i, rows, cols = torch.arange(n).repeat_interleave(self.each)[:, None, None], at(h)[:, :, None], at(w)[:, None]
         return dict(image=x[i, rows, cols].movedim(-1, 1), mask=y[i, rows, cols])
 
-
-
 # %% ../../nbs/07_evaluate/06_segment.ipynb #c245121e
 def segmentation_unet(
     channels:int, # of the images
@@ -71,8 +67,6 @@ def segmentation_unet(
 ) -> UNet: # (N, channels, H, W) -> (N, classes, H, W) logits, sides divisible by 8
     "MONAI's U-Net, with a level at full size"
     return UNet(2, channels, classes, [width * m for m in (1, 2, 4, 8, 8)], (1, 2, 2, 2), num_res_units=0, act='RELU', norm='BATCH')
-
-
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #0c9b76fb
 class PolyDecay(Callback):
@@ -86,8 +80,6 @@ class SegmentationLoss:
     "Soft Dice of the foreground over the whole batch, plus cross-entropy"
     def __init__(self): self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
     def __call__(self, nets, batch): return self.loss(nets.S(batch['image']).float(), batch['mask'][:, None])
-
-
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #12d8d3b9
 class Segmenter:
@@ -207,8 +199,6 @@ class Segmenter:
             raise ValueError(f"{path} holds no segmenter ({' '.join(str(e).split())[:100]})") from None
         return s.to(device or default_device())
 
-
-
 # %% ../../nbs/07_evaluate/06_segment.ipynb #92bb9fb0
 def _augmentation(config):
     "Cut pieces, if any are cut, then move them"
@@ -235,8 +225,6 @@ def _training_data(segmenter, data):
     images = vessel_channel(np.asarray(data.images)) if c['patch'] else data.images
     return ImageData(images, masks, paths=data.paths, subjects=data.subjects)
 
-
-
 # %% ../../nbs/07_evaluate/06_segment.ipynb #a5551ec9
 def field_of_view(
     images, # (N, C, H, W) in [-1, 1], or anything else `image_batches` takes
@@ -255,8 +243,6 @@ def _field(pixels, dark):
     outlines, _ = cv2.findContours(largest, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     field = cv2.drawContours(np.zeros_like(largest), outlines, -1, 1, cv2.FILLED) > 0
     return field if field.mean() > .1 else whole
-
-
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #dac86bcf
 def score_segmenter(
@@ -285,8 +271,6 @@ def with_masks(
     names = data.classes if data.classes and len(data.classes) == segmenter.config['classes'] else None
     names = names or ('background', *(['foreground'] if segmenter.config['classes'] == 2 else [f'class {i}' for i in range(1, segmenter.config['classes'])]))
     return ImageData(data.images, masks, data.sketches, data.paths, data.subjects, names)
-
-
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #5fcec5ae
 def subject_folds(
