@@ -13,7 +13,7 @@ from PIL import Image
 from medsketch.core import to_uint8
 from medsketch.phantoms import phantom
 from medsketch.sketch import read_sketch, sobel_sketch
-from medsketch.studio.board import Board, Hand, held, upright
+from medsketch.studio.board import Board, PointerInput, send_together, square_pixels
 from medsketch.studio.ink import MOST_POINTS, Stroke, cover, smooth
 from medsketch.studio.sketchpad import SketchPad
 from medsketch.studio.strokes import Drawing
@@ -358,7 +358,7 @@ def feed(hand, kind, *at):
 
 def test_every_stroke_begins_and_ends_once_whatever_comes():
     rng = np.random.default_rng(0)
-    hand, count, open_ = Hand(), {"begin": 0, "end": 0}, False
+    hand, count, open_ = PointerInput(), {"begin": 0, "end": 0}, False
     kinds = ["mouse_down", "mouse_move", "mouse_move", "mouse_up", "mouse_out", "touch_start", "touch_move", "touch_end", "touch_cancel", "mouse_wheel"]
     for _ in range(5000):
         kind = kinds[rng.integers(len(kinds))]
@@ -373,7 +373,7 @@ def test_every_stroke_begins_and_ends_once_whatever_comes():
 
 
 def test_the_hand_knows_the_traps():
-    hand = Hand()
+    hand = PointerInput()
     assert feed(hand, "mouse_up", 5, 5) == [] and feed(hand, "mouse_move", 5, 5) == ["hover"]
     assert feed(hand, "mouse_down", 5, 5) == ["begin"] and feed(hand, "mouse_down", 50, 50) == ["end", "begin"]
     hand.points = [(0.5, 0.5)]
@@ -574,7 +574,7 @@ def test_errors_are_shown_and_stop_nothing(sent):
     for bad in ({}, {"event": "mouse_down"}, {"event": "mouse_down", "x": float("nan"), "y": 0}, {"event": "touch_start", "touches": [3]}, {"event": "key_down"}):
         pad.handle(bad)
     assert not _CANVAS_MANAGER._caching
-    with pytest.raises(ZeroDivisionError), held(pad.canvas):
+    with pytest.raises(ZeroDivisionError), send_together(pad.canvas):
         pad.canvas[0].clear()
         1 / 0  # noqa: B018
     assert not _CANVAS_MANAGER._caching and not _CANVAS_MANAGER._commands_cache
@@ -636,7 +636,7 @@ def test_images_files_and_underlay(tmp_path):
         other.load_file(tmp_path / "b.json")
     with pytest.raises(ValueError, match="one image"):
         other.underlay(np.zeros((2, 3, 8, 8)))
-    assert upright(np.zeros((30, 50), np.uint8), 64).shape == (64, 64, 3)
+    assert square_pixels(np.zeros((30, 50), np.uint8), 64).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("kind", ["sketch", "image", "underlay"])

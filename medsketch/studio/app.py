@@ -40,15 +40,17 @@ def free_port(
             s.bind((host, port))
             return s.getsockname()[1]
     except (OSError, OverflowError) as e:
-        raise ValueError(f"cannot listen on {host}:{port} ({getattr(e, 'strerror', None) or e}): choose another --port, or 0 for any free one") from None
+        why = getattr(e, 'strerror', None) or e
+        raise ValueError(f"cannot listen on {host}:{port} ({why}): choose another --port, or 0 for any free one") from None
 
+# %% ../../nbs/08_studio/05_app.ipynb #c6f85855
 def serve(
     recipe:str='fundus', # whatever `medsketch.load` takes
     host:str='127.0.0.1', # address to listen on; 0.0.0.0 lets other machines in
     port:int=8866, # 0: any free one
     out='drawings', # folder for exports
 ) -> int: # exit status of the server
-    "Serve the drawing app until interrupted. Raises `ValueError` for weights or a port that cannot be used, `ImportError` without Voila"
+    "Serve the drawing app until interrupted. Raises `ValueError` for unusable weights or ports, `ImportError` without Voila"
     find_weights(recipe)
     try: import voila # noqa: F401
     except ImportError: raise ImportError("the studio is served by Voila: pip install 'medsketch[lab]'") from None
@@ -57,10 +59,13 @@ def serve(
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder)/'studio.ipynb'
         page.write_text(json.dumps(studio_notebook(recipe, Path(out).resolve())))
-        print(f'medsketch studio: http://{"127.0.0.1" if host == "0.0.0.0" else host}:{port}/  (Ctrl+C stops it)', flush=True)
-        if host not in ('127.0.0.1', 'localhost'): print('medsketch: whoever reaches this machine can use the app', file=sys.stderr)
-        try: return subprocess.call([sys.executable, '-m', 'voila', str(page), f'--Voila.ip={host}', f'--port={port}', '--no-browser', '--Voila.log_level=WARN',
-                                     '--show_tracebacks=True'])
+        shown = '127.0.0.1' if host == '0.0.0.0' else host
+        print(f'medsketch studio: http://{shown}:{port}/  (Ctrl+C stops it)', flush=True)
+        if host not in ('127.0.0.1', 'localhost'):
+            print('medsketch: whoever reaches this machine can use the app', file=sys.stderr)
+        command = [sys.executable, '-m', 'voila', str(page), f'--Voila.ip={host}', f'--port={port}', '--no-browser',
+                   '--Voila.log_level=WARN', '--show_tracebacks=True']
+        try: return subprocess.call(command)
         except KeyboardInterrupt: return 0
 
 # %% ../../nbs/08_studio/05_app.ipynb #88de415c
@@ -69,7 +74,8 @@ def notebooks_folder() -> Path:
     here = Path(__file__).parents[2] if '__file__' in globals() else Path('../..')
     for p in (here/'nbs', Path(sys.prefix)/'share/medsketch/nbs'):
         if (p/'index.ipynb').exists(): return p
-    raise ValueError("this installation of medsketch has no notebooks: read them at https://medsketch.github.io/medsketch, or install from a checkout")
+    raise ValueError("this installation of medsketch has no notebooks: read them at "
+                     "https://medsketch.github.io/medsketch, or install from a checkout")
 
 def copy_notebooks(
     folder, # where to put them; files that are there stay
@@ -79,12 +85,14 @@ def copy_notebooks(
     try:
         for p in sorted(source.rglob('*')):
             to = folder/p.relative_to(source)
-            if p.suffix not in ('.ipynb', '.png', '.jpg') or '.ipynb_checkpoints' in p.parts or to.exists(): continue
+            wanted = p.suffix in ('.ipynb', '.png', '.jpg') and '.ipynb_checkpoints' not in p.parts
+            if not wanted or to.exists(): continue
             with atomic_write(to) as f: f.write(p.read_bytes())
             n += 1
     except OSError as e: raise ValueError(f"cannot write notebooks to {folder}: {e.strerror or e}") from None
     return n
 
+# %% ../../nbs/08_studio/05_app.ipynb #b149ea27
 def lab(
     folder='medsketch-notebooks', # where the copy goes
     host:str='127.0.0.1', # address to listen on
@@ -96,5 +104,6 @@ def lab(
     n = copy_notebooks(folder)
     print(f'{n} notebooks and pictures copied to {folder}' if n else f'{folder} holds all notebooks already', flush=True)
     root = ['--allow-root'] if hasattr(os, 'geteuid') and os.geteuid() == 0 else []
-    try: return subprocess.call([sys.executable, '-m', 'jupyterlab', f'--notebook-dir={folder}', f'--ip={host}', f'--port={port}', *root])
+    command = [sys.executable, '-m', 'jupyterlab', f'--notebook-dir={folder}', f'--ip={host}', f'--port={port}', *root]
+    try: return subprocess.call(command)
     except KeyboardInterrupt: return 0

@@ -33,14 +33,36 @@ from ..recipes.base import about
 from ..sketch import read_sketch, sobel_sketch
 from .sketchpad import SketchPad
 
-# %% ../../nbs/08_studio/04_live.ipynb #263895da
-class Newest:
-    "A thread that answers the newest request only: one is at work, one waits, and whatever came between is dropped"
+# %% ../../nbs/08_studio/04_live.ipynb #f24d9987
+class _Thread:
+    "A thread that waits for a request, answers it, and waits again"
+    def _run(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None)
+                (request,), number, self._next = self._next, self.asked, None
+            self._answer(request)
+            with self._changed:
+                self.answered = number
+                self._changed.notify_all()
+
+    def _answer(self, request):
+        timer = threading.Timer(self.patience, self.slow, (True,))
+        timer.start()
+        try: self.done(self.work(request))
+        except Exception as e: self.failed(e)  # the thread lives on, whatever a request did
+        finally:
+            timer.cancel(), timer.join()
+            self.slow(False)
+
+# %% ../../nbs/08_studio/04_live.ipynb #6a9ea070
+class Newest(_Thread):
+    "Answers the newest request only: one is at work, one waits, and whatever came between is dropped"
     def __init__(self,
                  work, # work(request) -> answer, in the thread
                  done, # done(answer), in the thread
                  failed, # failed(error), in the thread
-                 slow=lambda busy: None, # slow(True) when an answer takes longer than `patience`, slow(False) when it is there
+                 slow=lambda busy: None, # slow(True) if an answer takes longer than `patience`, slow(False) when it is there
                  patience:float=.2, # seconds
                 ):
         self.work, self.done, self.failed, self.slow, self.patience = work, done, failed, slow, patience
@@ -64,25 +86,6 @@ class Newest:
         "Until the newest request is answered"
         with self._changed: return self._changed.wait_for(lambda: self.answered == self.asked, timeout)
 
-    def _run(self):
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._next is not None)
-                (request,), number, self._next = self._next, self.asked, None
-            self._answer(request)
-            with self._changed:
-                self.answered = number
-                self._changed.notify_all()
-
-    def _answer(self, request):
-        timer = threading.Timer(self.patience, self.slow, (True,))
-        timer.start()
-        try: self.done(self.work(request))
-        except Exception as e: self.failed(e)  # the thread lives on, whatever a request did
-        finally:
-            timer.cancel(), timer.join()
-            self.slow(False)
-
 # %% ../../nbs/08_studio/04_live.ipynb #bb0ccc0b
 def quick_png(
     pixels:np.ndarray, # (H, W, 3) uint8
@@ -97,13 +100,14 @@ def as_picture(
     a = to_uint8(image)
     if a.shape[-1] == 3: return a
     if a.shape[-1] == 1: return np.repeat(a, 3, -1)
-    return grid([np.ascontiguousarray(a[..., i]) for i in range(a.shape[-1])], cols=int(np.ceil(a.shape[-1]**.5)), pad=0)
+    contrasts = [np.ascontiguousarray(a[..., i]) for i in range(a.shape[-1])]
+    return grid(contrasts, cols=int(np.ceil(len(contrasts)**.5)), pad=0)
 
 def difference(
     a, # (H, W, 3) uint8
     b, # (H, W, 3) uint8
-) -> np.ndarray: # (H, W, 3) uint8: black where nothing changed, over violet and orange to pale yellow at a quarter of the range and more
-    "Where and how much two pictures differ, in colours that everybody can tell apart"
+) -> np.ndarray: # (H, W, 3) uint8
+    "The difference of two pictures: black where nothing changed, over violet to pale yellow at a quarter of the range"
     change = np.abs(a.astype(np.int16) - b).max(-1).clip(0, 63) * 4
     return cv2.cvtColor(cv2.applyColorMap(change.astype(np.uint8), cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2RGB)
 
@@ -119,18 +123,21 @@ def real_image(
         path = Path(folder)/Path(name).name
         path.write_bytes(content)
         try: slices = read_image(path)
-        except (ValueError, OSError, SyntaxError) as e: raise ValueError(f"{path.name} cannot be used: {str(e).replace(f'{folder}/', '')}") from None
+        except (ValueError, OSError, SyntaxError) as e:
+            raise ValueError(f"{path.name} cannot be used: {str(e).replace(f'{folder}/', '')}") from None
     a = image_to_square(slices[len(slices) // 2], size)
     a = to_channels(a[None] if a.ndim == 2 else np.moveaxis(a, -1, 0), a.ndim == 3, channels)
     return fit_image(torch.from_numpy(np.ascontiguousarray(a)).float() / 127.5 - 1, size, channels)
 
+# %% ../../nbs/08_studio/04_live.ipynb #9ee5a465
 def fit_image(
     image, # (C, H, W) in [-1, 1], square
     size:int, # pixels
     channels:int, # of the recipe
 ) -> torch.Tensor: # (channels, size, size) in [-1, 1]
     "Bring an image to the size a recipe draws. Raises `ValueError` if the channels differ"
-    if len(image) != channels: raise ValueError(f"the image has {len(image)} channel{'s' * (len(image) > 1)}, these weights draw {channels}")
+    if len(image) != channels:
+        raise ValueError(f"the image has {len(image)} channel{'s' * (len(image) > 1)}, these weights draw {channels}")
     if image.shape[-1] == size: return image
     return F.interpolate(image[None].float(), (size, size), mode='bilinear', antialias=True, align_corners=False)[0]
 
@@ -138,12 +145,13 @@ def surprise(
     recipe, # a `Recipe`
     seed:int,
 ) -> np.ndarray: # (1, H, W) in [0, 1]
-    "A sketch nobody drew: by the recipe's own sketch generator, else of a phantom. Raises `ValueError` if there is neither"
+    "A sketch by the recipe's own sketch generator, else of a phantom. Raises `ValueError` if there is neither"
     kind = recipe.config.get('style')
     if 'G_S' in recipe.shared: return recipe.sample(1, seed=seed)['sketch'][0].cpu().numpy()
-    if kind not in PHANTOMS: raise ValueError(f"these weights draw no sketches of their own, and no phantom shows {kind}")
+    if kind not in PHANTOMS:
+        raise ValueError(f"these weights draw no sketches of their own, and no phantom shows {kind}")
     p = phantom(kind, recipe.config['size'], seed)
-    return (mask_strokes(p['mask'].numpy()) if kind == 'fundus' else sobel_sketch(p['image'], kind))[None]  # vessels are strokes already
+    return (mask_strokes(p['mask'].numpy()) if kind == 'fundus' else sobel_sketch(p['image'], kind))[None]
 
 # %% ../../nbs/08_studio/04_live.ipynb #f828a4f1
 CSS = """<style>
@@ -172,77 +180,140 @@ def _uploads(value):
     if isinstance(value, dict): return [(k, bytes(v['content'])) for k, v in value.items()]
     return [(v['name'], bytes(v['content'])) for v in value]
 
-# %% ../../nbs/08_studio/04_live.ipynb #108b9bc3
-class LiveRender(widgets.VBox):
-    "Draw a sketch and watch it become an image"
-    def __init__(self,
-                 recipe='fundus', # a `Recipe`, or whatever `medsketch.load` takes
-                 models=None, # names offered in the menu; the packaged ones if not given
-                 images=None, # an `ImageData` of real images to edit; others can be uploaded
-                 out='drawings', # folder for exports
-                ):
-        self.out, self.images, self.shown, self.seconds = Path(out), images, None, {}
-        self.given = {} if isinstance(recipe, (str, Path)) else {recipe.name: recipe}
-        self.original = self.real = self.recipe = self.loaded = None
-        self.rendered_original = (None, None)
-        first = next(iter(self.given), None) or str(recipe)
-        self._choose(first)
-        self.worker = Newest(self._work, self._show, self.say, self._slow)
-        self.pad = SketchPad(self.config['size'])
-        self.pad.on_change(lambda pad, final: self.refresh())
-        self.pad.more_keys = dict(s=('surprise', self.surprise), c=('compare from here', self.keep), x=('export', self.export))
-        self.pad.say('')
-        self._models(first, list(packaged() if models is None else models))
-        self._actions()
-        super().__init__([widgets.HTML(CSS), self._layout()])
-        self.refresh()
-
+# %% ../../nbs/08_studio/04_live.ipynb #918bb030
+class _Widgets(widgets.VBox):
+    "The controls of the app and their layout"
     def _models(self, first, names):
-        self.model = widgets.Dropdown(options=list(dict.fromkeys([first, *names])), value=first, description='Renderer', style=dict(description_width='initial'),
-                                      tooltip='Which trained renderer turns the sketch into an image', layout=widgets.Layout(width='auto', flex='1 1 12em'))
+        plain, width = dict(description_width='initial'), lambda flex: widgets.Layout(width='auto', flex=flex)
+        self.model = widgets.Dropdown(
+            options=list(dict.fromkeys([first, *names])), value=first, description='Renderer', style=plain,
+            tooltip='Which trained renderer turns the sketch into an image', layout=width('1 1 12em'))
         self.model.observe(lambda change: self.use(change['new']), 'value')
-        self.other = widgets.Text(placeholder='or a file, run, Hub id', continuous_update=False, layout=widgets.Layout(width='auto', flex='1 1 10em'),
-                                  tooltip='A .safetensors file, the folder of a run, or user/name on the Hub; then Enter')
+        self.other = widgets.Text(
+            placeholder='or a file, run, Hub id', continuous_update=False, layout=width('1 1 10em'),
+            tooltip='A .safetensors file, the folder of a run, or user/name on the Hub; then Enter')
         self.other.observe(lambda change: change['new'].strip() and self._add(change['new'].strip()), 'value')
 
-    def _actions(self):
+    def _starts(self):
         auto = widgets.Layout(width='auto')
-        self.seed = widgets.BoundedIntText(0, min=0, max=2**31 - 1, description='Seed', tooltip='The same seed gives the same surprise',
-                                         style=dict(description_width='initial'), layout=widgets.Layout(width='7.5em'))
-        self.file = widgets.FileUpload(accept='image/*,.dcm,.nii,.nii.gz', multiple=False, description='Edit a real image', layout=auto,
-                                       tooltip='Choose a real image: its sketch appears on the pad, to be changed')
+        self.seed = widgets.BoundedIntText(
+            0, min=0, max=2**31 - 1, description='Seed', tooltip='The same seed gives the same surprise',
+            style=dict(description_width='initial'), layout=widgets.Layout(width='7.5em'))
+        self.file = widgets.FileUpload(
+            accept='image/*,.dcm,.nii,.nii.gz', multiple=False, description='Edit a real image', layout=auto,
+            tooltip='Choose a real image: its sketch appears on the pad, to be changed')
         self.file.observe(lambda change: self._uploaded(change['new']), 'value')
-        options = [('a real image …', None)] + [(Path(p).name, i) for i, p in enumerate(self.images.paths if self.images else ())]
-        self.example = widgets.Dropdown(options=options, tooltip='Edit an image of this set', layout=widgets.Layout(width='auto', display=None if self.images else 'none'))
-        self.example.observe(lambda change: change['new'] is not None and self.edit(self.images[change['new']]['image']), 'value')
-        self.starts = [_button('Surprise me', 'A sketch that the sketch generator (or a phantom) draws (key S)', 'random', self.surprise), self.seed, self.file, self.example]
-        self.stop_button = _button('Stop comparing', 'Take the comparison and the real image underneath away', 'times', self.stop)
-        self.ends = [_button('Compare from here', 'Keep this image, and show what changes from now on (key C)', 'columns', self.keep), self.stop_button,
-                     _button('Export', 'Sketch, image, both side by side, and the strokes (key X)', 'download', self.export)]
+        paths = self.images.paths if self.images else ()
+        self.example = widgets.Dropdown(
+            options=[('a real image …', None)] + [(Path(p).name, i) for i, p in enumerate(paths)],
+            tooltip='Edit an image of this set', layout=widgets.Layout(width='auto', display=None if paths else 'none'))
+        self.example.observe(self._chosen, 'value')
+        tip = 'A sketch that the sketch generator (or a phantom) draws (key S)'
+        return [_button('Surprise me', tip, 'random', self.surprise), self.seed, self.file, self.example]
+
+    def _ends(self):
+        self.stop_button = _button(
+            'Stop comparing', 'Take the comparison and the real image underneath away', 'times', self.stop)
+        tip = 'Keep this image, and show what changes from now on (key C)'
+        files = 'Sketch, image, both side by side, and the strokes (key X)'
+        return [_button('Compare from here', tip, 'columns', self.keep), self.stop_button,
+                _button('Export', files, 'download', self.export)]
 
     def _layout(self):
         "Sheet and image side by side and equally large; on a narrow page one below the other"
         look, tools, sheet, keys = self.pad.children
-        self.image = widgets.Image(format='png', layout=widgets.Layout(width=sheet.layout.max_width, max_width=sheet.layout.width, margin=sheet.layout.margin))
+        fit = widgets.Layout(width=sheet.layout.max_width, max_width=sheet.layout.width, margin=sheet.layout.margin)
+        self.image = widgets.Image(format='png', layout=fit)
         self.compare, self.status, self.busy, self.links = (widgets.HTML() for _ in range(4))
         bar = lambda *items: widgets.HBox(items).add_class('medsketch-bar')
-        actions = widgets.VBox([bar(self.model, self.other), bar(*self.starts), bar(*self.ends)])
-        below = widgets.VBox([bar(self.status, self.busy), self.links, self.compare], layout=widgets.Layout(max_width=sheet.layout.width))
-        for w, css in ((self.image, 'image'), (self.status, 'say'), (self.busy, 'busy'), (self.links, 'links'), (self.compare, 'comparison'),
-                       (tools, 'tools'), (actions, 'tools')): w.add_class(f'medsketch-{css}')
-        two = widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, max(18em, 40%)), 1fr))', grid_gap='.3em .8em', max_width='1080px')
-        return widgets.VBox([look, widgets.GridBox([tools, actions, sheet, self.image, keys, below], layout=two).add_class('medsketch-studio')])
+        actions = widgets.VBox([bar(self.model, self.other), bar(*self._starts()), bar(*self._ends())])
+        below = widgets.VBox([bar(self.status, self.busy), self.links, self.compare],
+                             layout=widgets.Layout(max_width=sheet.layout.width))
+        named = dict(image=self.image, say=self.status, busy=self.busy, links=self.links, comparison=self.compare)
+        for css, widget in named.items(): widget.add_class(f'medsketch-{css}')
+        for widget in (tools, actions): widget.add_class('medsketch-tools')
+        two = widgets.Layout(grid_template_columns='repeat(auto-fit, minmax(min(100%, max(18em, 40%)), 1fr))',
+                             grid_gap='.3em .8em', max_width='1080px')
+        whole = widgets.GridBox([tools, actions, sheet, self.image, keys, below], layout=two)
+        return widgets.VBox([look, whole.add_class('medsketch-studio')])
 
+# %% ../../nbs/08_studio/04_live.ipynb #b27d0eee
+class _Notices(_Widgets):
+    "What is said to the person who draws"
     def say(self,
             message, # text, or an exception
            ):
         "Show a message below the image; an exception as a warning"
         text = html.escape(' '.join(str(message).split()) or type(message).__name__)
-        if isinstance(message, Exception) and not isinstance(message, (ValueError, RuntimeError, OSError)): text = f'{type(message).__name__}: {text}'
-        self.status.value = f'<div role="alert" class="medsketch-bad">⚠ {text}</div>' if isinstance(message, Exception) else f'<span>{text}</span>'
+        wrong = isinstance(message, Exception)
+        if wrong and not isinstance(message, (ValueError, RuntimeError, OSError)):
+            text = f'{type(message).__name__}: {text}'
+        alert = f'<div role="alert" class="medsketch-bad">⚠ {text}</div>'
+        self.status.value = alert if wrong else f'<span>{text}</span>'
 
-    def _slow(self, busy): self.busy.value = '<span role="status"><i class="fa fa-spinner fa-spin"></i> rendering …</span>' if busy else ''
+    def _slow(self, busy):
+        spinner = '<span role="status"><i class="fa fa-spinner fa-spin"></i> rendering …</span>'
+        self.busy.value = spinner if busy else ''
 
+    def screenshot(self) -> np.ndarray: # (256, 512, 3) uint8
+        "Pad and image as they are now, drawn in Python"
+        self.worker.wait(30)
+        right = self.shown['picture'] if self.shown else np.full((256, 256, 3), 255, np.uint8)
+        both = self.pad.screenshot(), right
+        return np.concatenate([cv2.resize(p, (256, 256), interpolation=cv2.INTER_AREA) for p in both], 1)
+
+    def _repr_mimebundle_(self, **kwargs):
+        "Where no kernel runs, the page shows a picture of the widget"
+        png = base64.b64encode(png_bytes(self.screenshot())).decode()
+        return super()._repr_mimebundle_(**kwargs) | {'image/png': png}
+
+# %% ../../nbs/08_studio/04_live.ipynb #7d2cfad6
+class _Rendering(_Notices):
+    "Requests and their answers"
+    def refresh(self):
+        "Ask for the image of the sketch as it is now"
+        sketch = self.pad.sketch(self.config['size'])
+        self.worker.ask(dict(name=self.name, sketch=sketch, original=self.original, real=self.real))
+
+    def _load(self, name):
+        "Load weights, in the thread that renders"
+        recipe = self.given.get(name) or load(name)
+        if not hasattr(recipe, 'render'): raise ValueError(f"recipe {recipe.name} does not render sketches")
+        self.recipe, self.loaded = recipe, name
+        # this thread leaves a core to browser and server, or they and the threads of a convolution wait for each other
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+        self.drawer = recipe.for_drawing() if hasattr(recipe, 'for_drawing') else recipe
+
+    def _work(self, request):
+        "From a request to an answer, in the thread that renders"
+        if self.loaded != request['name']: self._load(request['name'])
+        start = time.perf_counter()
+        image = self.drawer.render(request['sketch'])[0].cpu()
+        self.seconds = dict(model=time.perf_counter() - start)
+        key, compares = (request['name'], id(request['original'])), request['original'] is not None
+        if compares and self.rendered_original[0] != key:
+            self.rendered_original = key, as_picture(self.drawer.render(request['original'])[0])
+        before = self.rendered_original[1] if compares else None
+        return request | dict(image=image, picture=as_picture(image), before=before)
+
+    def _show(self, answer):
+        self.shown = answer
+        self.image.value = quick_png(answer['picture'])
+        tiles = {}
+        if answer['before'] is not None:
+            if answer['real'] is not None: tiles['real'] = answer['real']
+            change = difference(answer['before'], answer['picture'])
+            tiles |= dict(before=answer['before'], now=answer['picture'], change=change)
+        figure = lambda name, pixels: (f'<figure><img alt="{name}" src="{_data(quick_png(pixels), "image/png")}">'
+                                       f'<figcaption>{name}</figcaption></figure>')
+        figures = ''.join(figure(*tile) for tile in tiles.items())
+        self.compare.value = f'<div class="medsketch-compare">{figures}</div>' if tiles else ''
+        self.stop_button.disabled = not tiles
+        self.say(f"{answer['name']}: rendered in {self.seconds['model'] * 1000:.0f} ms. Synthetic, not for diagnosis.")
+
+# %% ../../nbs/08_studio/04_live.ipynb #3085c5c5
+class _Weights(_Rendering):
+    "Which weights are rendered with"
     def _choose(self, name):
         "Look weights up, without loading them"
         config = self.given[name].config if name in self.given else about(find_weights(name))[1]
@@ -264,55 +335,9 @@ class LiveRender(widgets.VBox):
         self.model.options = list(dict.fromkeys([*self.model.options, name]))
         self.model.value, self.other.value = name, ''
 
-    def refresh(self):
-        "Ask for the image of the sketch as it is now"
-        self.worker.ask(dict(name=self.name, sketch=self.pad.sketch(self.config['size']), original=self.original, real=self.real))
-
-    def stop(self):
-        "Compare no longer, and take the real image from under the sheet"
-        self.original = self.real = None
-        self.pad.underlay(None)
-        self.refresh()
-
-    def _work(self, request):
-        if self.loaded != request['name']:
-            recipe = self.given.get(request['name']) or load(request['name'])
-            if not hasattr(recipe, 'render'): raise ValueError(f"recipe {recipe.name} does not render sketches")
-            self.recipe, self.loaded = recipe, request['name']
-            # holds for this thread; with no core left, browser and server would wait, and the threads that share a convolution for each other
-            torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
-            self.drawer = recipe.for_drawing() if hasattr(recipe, 'for_drawing') else recipe
-        start = time.perf_counter()
-        image = self.drawer.render(request['sketch'])[0].cpu()
-        self.seconds = dict(model=time.perf_counter() - start)
-        key = request['name'], id(request['original'])
-        if request['original'] is not None and self.rendered_original[0] != key:
-            self.rendered_original = key, as_picture(self.drawer.render(request['original'])[0])
-        before = self.rendered_original[1] if request['original'] is not None else None
-        return request | dict(image=image, picture=as_picture(image), before=before)
-
-    def _show(self, answer):
-        self.shown = answer
-        self.image.value = quick_png(answer['picture'])
-        tiles = {}
-        if answer['before'] is not None:
-            if answer['real'] is not None: tiles['real'] = answer['real']
-            tiles |= dict(before=answer['before'], now=answer['picture'], change=difference(answer['before'], answer['picture']))
-        figures = [f'<figure><img alt="{k}" src="{_data(quick_png(v), "image/png")}"><figcaption>{k}</figcaption></figure>' for k, v in tiles.items()]
-        self.compare.value = f'<div class="medsketch-compare">{"".join(figures)}</div>' if tiles else ''
-        self.stop_button.disabled = not tiles
-        self.say(f"{answer['name']}: rendered in {self.seconds['model'] * 1000:.0f} ms. Synthetic, not for diagnosis.")
-
-    def screenshot(self) -> np.ndarray: # (256, 512, 3) uint8
-        "Pad and image as they are now, drawn in Python"
-        self.worker.wait(30)
-        right = self.shown['picture'] if self.shown else np.full((256, 256, 3), 255, np.uint8)
-        return np.concatenate([cv2.resize(p, (256, 256), interpolation=cv2.INTER_AREA) for p in (self.pad.screenshot(), right)], 1)
-
-    def _repr_mimebundle_(self, **kwargs):
-        "Where no kernel runs, the page shows a picture of the widget"
-        return super()._repr_mimebundle_(**kwargs) | {'image/png': base64.b64encode(png_bytes(self.screenshot())).decode()}
-
+# %% ../../nbs/08_studio/04_live.ipynb #bf584289
+class _Starts(_Weights):
+    "Beginnings, and comparisons with them"
     def surprise(self):
         "Put a sketch nobody drew on the pad, and count the seed up"
         try:
@@ -339,6 +364,9 @@ class LiveRender(widgets.VBox):
             self._start(sketch, original=sketch, real=as_picture(image))
         except (ValueError, RuntimeError) as e: self.say(e)
 
+    def _chosen(self, change):
+        if change['new'] is not None: self.edit(self.images[change['new']]['image'])
+
     def _uploaded(self, value):
         for name, content in _uploads(value):
             try: self.edit(real_image(content, name, self.config['size'], self.config['channels']))
@@ -349,6 +377,15 @@ class LiveRender(widgets.VBox):
         self.original = self.pad.sketch(self.config['size'])
         self.refresh()
 
+    def stop(self):
+        "Compare no longer, and take the real image from under the sheet"
+        self.original = self.real = None
+        self.pad.underlay(None)
+        self.refresh()
+
+# %% ../../nbs/08_studio/04_live.ipynb #7a720342
+class _Export(_Starts):
+    "Files for other programs"
     def export(self):
         "Write sketch, image, both side by side and the strokes to a new folder, and offer them for download"
         try:
@@ -361,16 +398,44 @@ class LiveRender(widgets.VBox):
                 with atomic_write(folder/name) as f: f.write(content)
         except (OSError, RuntimeError) as e: return self.say(e)
         kinds = {'.png': 'image/png', '.json': 'application/json'}
-        self.links.value = f'Download {folder.name}: ' + ' · '.join(f'<a download="{k}" href="{_data(v, kinds[Path(k).suffix])}">{k}</a>' for k, v in files.items())
+        link = lambda k, v: f'<a download="{k}" href="{_data(v, kinds[Path(k).suffix])}">{k}</a>'
+        self.links.value = f'Download {folder.name}: ' + ' · '.join(link(*file) for file in files.items())
         self.say(f'written to {folder}')
         return folder
 
     def _files(self):
         sketch, picture = sketch_to_uint8(self.shown['sketch']), self.shown['picture']
         paper = cv2.resize(np.repeat(sketch[..., None], 3, -1), picture.shape[1::-1])
-        notes = dict(synthetic=True, weights=self.shown['name'], recipe=self.recipe.name, config=self.recipe.config, note='not for diagnosis')
-        return {'sketch.png': png_bytes(sketch), 'image.png': png_bytes(picture), 'side_by_side.png': png_bytes(np.concatenate([paper, picture], 1)),
+        notes = dict(synthetic=True, weights=self.shown['name'], recipe=self.recipe.name, config=self.recipe.config,
+                     note='not for diagnosis')
+        return {'sketch.png': png_bytes(sketch), 'image.png': png_bytes(picture),
+                'side_by_side.png': png_bytes(np.concatenate([paper, picture], 1)),
                 'strokes.json': self.pad.drawing.to_json().encode(), 'about.json': json.dumps(notes, indent=1).encode()}
+
+# %% ../../nbs/08_studio/04_live.ipynb #841ea2cf
+class LiveRender(_Export):
+    "Draw a sketch and watch it become an image"
+    def __init__(self,
+                 recipe='fundus', # a `Recipe`, or whatever `medsketch.load` takes
+                 models=None, # names offered in the menu; the packaged ones if not given
+                 images=None, # an `ImageData` of real images to edit; others can be uploaded
+                 out='drawings', # folder for exports
+                ):
+        self.out, self.images, self.shown, self.seconds = Path(out), images, None, {}
+        self.given = {} if isinstance(recipe, (str, Path)) else {recipe.name: recipe}
+        self.original = self.real = self.recipe = self.loaded = None
+        self.rendered_original = (None, None)
+        first = next(iter(self.given), None) or str(recipe)
+        self._choose(first)
+        self.worker = Newest(self._work, self._show, self.say, self._slow)
+        self.pad = SketchPad(self.config['size'])
+        self.pad.on_change(lambda pad, final: self.refresh())
+        self.pad.more_keys = dict(s=('surprise', self.surprise), c=('compare from here', self.keep),
+                                  x=('export', self.export))
+        self.pad.say('')
+        self._models(first, list(packaged() if models is None else models))
+        super().__init__([widgets.HTML(CSS), self._layout()])
+        self.refresh()
 
 # %% ../../nbs/08_studio/04_live.ipynb #e8a65704
 class UploadRender(widgets.VBox):
@@ -379,7 +444,9 @@ class UploadRender(widgets.VBox):
                  recipe='fundus', # a `Recipe`, or whatever `medsketch.load` takes
                 ):
         self.recipe = load(recipe) if isinstance(recipe, (str, Path)) else recipe
-        self.file = widgets.FileUpload(accept='image/*', multiple=False, description='Upload a sketch', tooltip='A picture with dark strokes on white', layout=widgets.Layout(width='auto'))
+        self.file = widgets.FileUpload(
+            accept='image/*', multiple=False, description='Upload a sketch', layout=widgets.Layout(width='auto'),
+            tooltip='A picture with dark strokes on white')
         self.image, self.status = widgets.Image(format='png', layout=widgets.Layout(max_width='100%')), widgets.HTML()
         self.file.observe(lambda change: self._uploaded(change['new']), 'value')
         super().__init__([self.file, self.image, self.status])
@@ -387,8 +454,13 @@ class UploadRender(widgets.VBox):
     def _uploaded(self, value):
         for name, content in _uploads(value):
             try: sketch = read_sketch(io.BytesIO(content), self.recipe.config['size'])
-            except ValueError: self.status.value = f'<div role="alert">⚠ {html.escape(name)} is not a picture that can be read</div>'
-            else:
-                image = as_picture(self.recipe.render(sketch)[0])
-                self.image.value = quick_png(np.concatenate([np.repeat(cv2.resize(sketch_to_uint8(sketch), image.shape[1::-1])[..., None], 3, -1), image], 1))
-                self.status.value = 'Synthetic, not for diagnosis.'
+            except ValueError:
+                name = html.escape(name)
+                self.status.value = f'<div role="alert">⚠ {name} is not a picture that can be read</div>'
+            else: self._render(sketch)
+
+    def _render(self, sketch):
+        image = as_picture(self.recipe.render(sketch)[0])
+        paper = cv2.resize(sketch_to_uint8(sketch), image.shape[1::-1])
+        self.image.value = quick_png(np.concatenate([np.repeat(paper[..., None], 3, -1), image], 1))
+        self.status.value = 'Synthetic, not for diagnosis.'
