@@ -1,5 +1,6 @@
 # make demo: the whole pipeline on built-in phantoms     make test: everything that must hold
 # make lab: the notebooks in JupyterLab                  make docs: the website (needs Quarto)
+# make readme sidebar: what is written from notebooks    make mutants: do the tests notice broken code? (slow)
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo test lint clean-check readme lab docs bench clean
+.PHONY: demo test readme sidebar lab docs bench mutants clean
 
 # torch comes first and alone, so that nothing later replaces it with another build
 $(VENV)/.core: settings.ini setup.py constraints.txt
@@ -36,6 +37,9 @@ test: $(VENV)/.dev
 readme: $(VENV)/.dev
 	$(ON_PATH) $(BIN)/python tools/readme.py
 
+sidebar: $(VENV)/.dev
+	$(BIN)/python tools/sidebar.py
+
 lab: $(VENV)/.dev
 	$(ON_PATH) $(BIN)/jupyter lab --notebook-dir=nbs
 
@@ -44,6 +48,9 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(ON_PATH) $(BIN)/python -m benchmarks
+
+mutants: $(VENV)/.dev
+	$(ON_PATH) $(BIN)/python tools/mutants.py
 
 clean:
 	rm -rf _proc _docs build dist *.egg-info demo

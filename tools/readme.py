@@ -7,6 +7,9 @@ import nbformat
 from nbconvert import MarkdownExporter
 
 root = Path(__file__).resolve().parents[1]
+# whole addresses, since the same text stands on the package index
+PAGES = "https://github.com/medsketch/medsketch/blob/main"
+FILES = "https://raw.githubusercontent.com/medsketch/medsketch/main"
 ON_PAGE_ONLY = ("#| hide", "#| export")
 
 
@@ -19,13 +22,14 @@ def readme_text() -> str:
             c.outputs = [o for o in c.outputs if "image/png" not in o.get("data", {})]
     nb.metadata.language_info = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    return re.sub(r"\]\((?!https?:)([^)]+\.(?:ipynb|png|jpg))\)", r"](nbs/\1)", text).strip() + "\n"
+    text = re.sub(r"\]\((?!https?:)([^)]+\.ipynb)", rf"]({PAGES}/nbs/\1", text)
+    return re.sub(r"\]\((?!https?:)([^)]+\.(?:png|jpg)\))", rf"]({FILES}/nbs/\1", text).strip() + "\n"
 
 
 if __name__ == "__main__":
     path = root / "README.md"
     if "--check" in sys.argv:
-        if path.read_text() != readme_text():
+        if path.read_text(encoding="utf-8") != readme_text():
             sys.exit("README.md is not in step with nbs/index.ipynb: run `make readme`")
     else:
-        path.write_text(readme_text())
+        path.write_text(readme_text(), encoding="utf-8")
