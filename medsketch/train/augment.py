@@ -121,26 +121,27 @@ def _check_planes(planes):
         if size(x) != size(first):
             raise ValueError(f"planes of {tuple(first.shape)} and {tuple(x.shape)} are not of the same samples")
 
-# %% ../../nbs/05_train/06_augment.ipynb #39c23f5e
-def _draw_moves(aug, n, side, rand, on):
+# %% ../../nbs/05_train/06_augment.ipynb #289716a1
+def _draw_moves(aug, side, rand, on):
     "Points to look up, for translation and for turn and zoom"
-    half = lambda: 2 * rand() - 1
-    turn = torch.zeros_like(rand()) if 'affine' not in aug.policy else on() * math.radians(aug.degrees) * half()
-    zoom = torch.ones_like(turn) if 'affine' not in aug.policy else (1 + aug.zoom) ** (on() * half())
-    most = [round(aug.shift * s) if 'translate' in aug.policy else 0 for s in side]
-    shift = torch.stack([(rand() * (2 * m + 1)).floor() - m for m in most], 1)  # whole pixels
-    return look_up(side, shift * on()[:, None], turn, zoom)
+    turned, shifted = (on() if name in aug.policy else torch.zeros_like(rand()) for name in ('affine', 'translate'))
+    turn = turned * math.radians(aug.degrees) * (2 * rand() - 1)
+    zoom = (1 + aug.zoom) ** (turned * (2 * rand() - 1))
+    most = [round(aug.shift * s) for s in side]
+    shift = [shifted * ((rand() * (2 * m + 1)).floor() - m) for m in most]  # whole pixels
+    return look_up(side, torch.stack(shift, 1), turn, zoom)
 
 def _draw(aug, n, side, device):
     "What each sample gets: points to look up, holes, and colour; None for what the policy leaves out"
     if isinstance(aug.p, torch.Tensor): aug.p = aug.p.to(device)
     rand = lambda *shape: torch.rand(n, *shape, device=device)
     on = lambda: (rand() < aug.p).float()
-    colour = [neutral + on() * most * (2 * rand() - 1) for neutral, most in
-              ((0, aug.light), (1, 2 * aug.light), (1, aug.light))] if 'colour' in aug.policy else None
-    moves = {'translate', 'affine'} & set(aug.policy)
-    points = _draw_moves(aug, n, side, rand, on) if moves else None
-    cut = holes(side, rand(2), aug.hole) & (on() > 0)[:, None, None] if 'cutout' in aug.policy else None
+    points = cut = colour = None
+    if 'colour' in aug.policy:
+        chosen, most = on(), (aug.light, 2 * aug.light, aug.light)
+        colour = [neutral + chosen * m * (2 * rand() - 1) for neutral, m in zip((0, 1, 1), most)]
+    if {'translate', 'affine'} & set(aug.policy): points = _draw_moves(aug, side, rand, on)
+    if 'cutout' in aug.policy: cut = holes(side, rand(2), aug.hole) & (on() > 0)[:, None, None]
     return points, cut, colour
 
 def _augment(aug, planes, kinds, fills):
