@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'FILLS', 'g_loss', 'd_loss', 'augmenter', 'adaptive', 'critic', 'Adversarial', 'RenderLosses']
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #0165f407
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #3f3b2e62
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +16,7 @@ from ..train.augment import DiffAugment, Adapt
 from ..train.losses import l1, logistic_d, logistic_g, r1_penalty, relativistic_d, relativistic_g
 from ..train.trainer import Phase
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #148ef192
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #b3ab0340
 LOSSES = ('logistic', 'relativistic')
 
 def g_loss(loss, D, real, fake): # `loss` is one of `LOSSES`, `D` a function of images
@@ -29,7 +29,7 @@ def d_loss(loss, D, real, fake, seen=None): # `seen` is handed what an adaptive 
     if seen: seen(r - f if loss == 'relativistic' else r)
     return (relativistic_d if loss == 'relativistic' else logistic_d)(r, f)
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #56445ad1
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #703c353c
 def augmenter(
     policy:str|None=None, # such as 'translate,cutout', see `train.augment`; None for none
     ada:float|None=None, # adaptive: the mean sign of D on real images to aim at, 0.6 in the paper; None keeps it on
@@ -45,7 +45,7 @@ def adaptive(
     "What an adaptive augmentation needs while it trains"
     return [Adapt(augment, kimg=images / 10_000)] if augment and augment.target is not None else []
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #c6e93ea0
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #a3557269
 FILLS = dict(picture=0., sketch=-1., condition=0.) # grey; paper of a sketch in [-1, 1]; paper of one in [0, 1]
 
 def critic(
@@ -66,7 +66,7 @@ def critic(
         return logits
     return judge
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #3c7afa8a
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #82ad3a8a
 class Adversarial:
     "One generator against one discriminator"
     def __init__(self,
@@ -130,7 +130,7 @@ class Adversarial:
         "What an adaptive augmentation needs while it trains"
         return adaptive(self.augment, images)
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #b91feb35
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #50b8d840
 class RenderLosses:
     "Adversarial loss on pairs, plus λ times L1"
     def __init__(self,

@@ -24,7 +24,7 @@ from ..train.growth import Growth
 from ..train.stages import choose, newest_checkpoint, note_frozen, open_run, read_config, train_stage
 from ..train.trainer import make_accelerator
 
-# %% ../../nbs/06_recipes/01_base.ipynb #9a3c0b4f
+# %% ../../nbs/06_recipes/01_base.ipynb #8fb6fd22
 def as_data(
     data, # a folder, an `ImageData`, or any map-style `Dataset` of dictionaries with `image`
     size:int, # pixels
@@ -49,7 +49,7 @@ def sized(
                          "load it as the recipe needs it")
     return data
 
-# %% ../../nbs/06_recipes/01_base.ipynb #21a2954a
+# %% ../../nbs/06_recipes/01_base.ipynb #b5b0ec02
 class Drawing:
     "How a recipe draws"
     def noise(self,
@@ -102,7 +102,7 @@ class Drawing:
         if hasattr(r.nets['G_P'], 'for_inference'): r.nets['G_P'] = r.nets['G_P'].for_inference(dtype)
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #5a9fc3e1
+# %% ../../nbs/06_recipes/01_base.ipynb #ea0bd448
 class Saving:
     "How a recipe is kept"
     @property
@@ -139,7 +139,7 @@ class Saving:
         if cls is not Recipe and not isinstance(r, cls): raise ValueError(f"{path} is of recipe {r.name}, not {cls.name}")
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #37ad170c
+# %% ../../nbs/06_recipes/01_base.ipynb #d10ede3d
 class Training:
     "How a recipe is trained"
     def prepare(self,
@@ -195,7 +195,7 @@ class Training:
 
 def _paths(init): return {k: str(p) for k, p in init.items()} if isinstance(init, dict) else str(init)
 
-# %% ../../nbs/06_recipes/01_base.ipynb #db4430ab
+# %% ../../nbs/06_recipes/01_base.ipynb #efb298c5
 class Stepping:
     "One stage of it"
     def _train(self, stage, out, folder, **kwargs):
@@ -307,7 +307,7 @@ class Recipe(Drawing, Saving, Training, Stepping):
     @property
     def device(self): return next(next(iter(self.nets.values())).parameters()).device
 
-# %% ../../nbs/06_recipes/01_base.ipynb #8d8ba963
+# %% ../../nbs/06_recipes/01_base.ipynb #0aeb9c19
 def with_int_keys(
     config:dict, # keyword arguments
 ) -> dict: # the same, for the tables {resolution: number}: JSON turns their keys into text
@@ -327,7 +327,7 @@ def half_at_last(
     table[sizes[-1]] = max(1, steps - sum(table[s] for s in sizes[:-1]))
     return table
 
-# %% ../../nbs/06_recipes/01_base.ipynb #d05601b8
+# %% ../../nbs/06_recipes/01_base.ipynb #0727e62a
 def recipe_class(
     name:str, # a key of `RECIPES`
 ) -> type:

@@ -27,7 +27,7 @@ from ..train.losses import gradient_penalty, logistic_d, logistic_g, wgan_d, wga
 from ..train.stages import Stage
 from ..train.trainer import Callback
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #ca03b27e
+# %% ../../nbs/06_recipes/04_baselines.ipynb #6091f009
 class Variant:
     "What a variant of the game may change"
     @property
@@ -48,7 +48,7 @@ class Variant:
     def judge(self, D, x): return D(x)
     def real(self, batch): return batch['image']
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #8a00c185
+# %% ../../nbs/06_recipes/04_baselines.ipynb #d7bd1d7f
 class GANDrawing:
     "How the baselines draw"
     def imagine(self, G, batch):
@@ -200,7 +200,7 @@ class ACGANClasses:
         labels = [draw(i) if label is None else torch.tensor([names.index(label)]) for i in range(first, first + n)]
         return dict(label=torch.cat(labels).to(self.device))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #731d3a72
+# %% ../../nbs/06_recipes/04_baselines.ipynb #7d77819b
 class ACGAN(ACGANClasses, GAN):
     "Auxiliary classifier GAN (Odena et al. 2017)"
     name = 'acgan'
@@ -281,7 +281,7 @@ class WGANGP(GAN):
         "Algorithm 1, line 7"
         return dict(w=wgan_d(D(real), D(fake)), gp=self.config['lam'] * gradient_penalty(D, real, fake))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #51b36bad
+# %% ../../nbs/06_recipes/04_baselines.ipynb #b6d760aa
 class Growing:
     "What growing changes"
     @property

@@ -21,7 +21,7 @@ from .base import Recipe, sized
 from ..sketch.masks import clean_masks, mask_planes, plane_masks, soften
 from ..train.stages import Stage
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #bd3382e0
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #2ffa53bf
 def mask_game(
     latent_dim:int, # length of the noise
     **how, # for `Adversarial`: loss, r1, augment
@@ -55,7 +55,7 @@ def count_classes(
     "Mask classes with the background: as many as are named, or as the highest id tells"
     return max(2, len(data.classes or ()), 1 + max(int(data.masks[i].max()) for i in range(len(data))))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #a91111f9
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #75f06bf8
 class DualGANData:
     "What the two stages learn from"
     def prepare(self, data, more=None):
@@ -84,7 +84,7 @@ class DualGANData:
             return batch | dict(sketch=soften(mask_planes(batch['mask'], self.config['classes']), soft))
         return Batches(data, self.config['batch_size'], seed=seed, augment=change)
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #ce0247d7
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #aa914509
 class DualGANStages:
     "What the dual GAN trains, and when"
     def networks(self):
@@ -93,7 +93,7 @@ class DualGANStages:
         unet = lambda: UNetRenderer(c['size'], p, c['channels'], c['ngf'], c['ngf_max'], c['depth'], position=c['position'])
         return dict(G_M=DCGenerator(c['size'], p, c['latent_dim'], c['ngf'], c['ngf_max']),
                     D_M=DCDiscriminator(c['size'], p, c['ndf']),
-                    G_P=make_network(c['renderer'], unet, (p, c['size']), (c['channels'], c['size'])),
+                    G_P=make_network(c['renderer'], unet, p, c['channels'], c['size']),
                     D_P=PatchDiscriminator(p + c['channels'], c['ndf'], c['receptive_field']))
 
     def stages(self, data, more=None): return [self.mask_stage(data), self.render_stage(data, more)]
@@ -113,7 +113,7 @@ class DualGANStages:
                      average=('G_P',), callbacks=adaptive(aug, self.images(c['render_steps'])), draw=lambda: self.rendered(pairs),
                      refresh=dict(G_P=self.feed(pairs)), meta=dict(more=more.fingerprint() if more else None))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #6f4fc2ee
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #08bf4632
 class DualGANParts:
     "Optimisers, batch norm and pictures of the stages"
     def _adam(self, name):
@@ -138,7 +138,7 @@ class DualGANParts:
         made = self.averaged().nets['G_P'](planes * 2 - 1).cpu()
         return sample_grid(dict(mask=shown['mask'], rendered=made, image=shown['image']), ('mask', 'rendered', 'image'))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #cfdb59e6
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #5ea224c3
 class DualGANDrawing:
     "How the dual GAN draws"
     def _masks(self, noise):

@@ -89,7 +89,7 @@ class JointLosses:
         "The phases of the joint stage"
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #41bb8fff
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #06c059b6
 class SkrGANStages:
     "What SkrGAN trains, and when"
     def networks(self):
@@ -98,7 +98,7 @@ class SkrGANStages:
         unet = lambda: UNetRenderer(c['size'], 1, c['channels'], c['ngf'], c['ngf_max'], c['depth'], position=c['position'])
         return dict(G_S=SketchGenerator(c['size'], c['latent_dim'], *width, c['widths']),
                     D_S=PGDiscriminator(c['size'], 1, *width, fmaps=c['widths']),
-                    G_P=make_network(c['renderer'], unet, (1, c['size']), (c['channels'], c['size'])),
+                    G_P=make_network(c['renderer'], unet, 1, c['channels'], c['size']),
                     D_P=PatchDiscriminator(1 + c['channels'], c['ndf'], c['receptive_field']))
 
     def stages(self, data, more=None):
@@ -126,7 +126,7 @@ class SkrGANStages:
                      lambda: self.stream(data, c['seed'] + 2), average=('G_S', 'G_P'), draw=lambda: self.grid(8),
                      refresh=dict(G_P=self.feed(data)))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #2acd12d7
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #a95e3583
 class SkrGANParts:
     "Optimisers, batches and pictures of the stages"
     def _adam(self, *names, part=1.):
@@ -155,7 +155,7 @@ class SkrGANParts:
         made = self.averaged().nets['G_P'](shown['sketch'].to(self.device) * 2 - 1).cpu()
         return sample_grid(dict(sketch=shown['sketch'], rendered=made, image=shown['image']), ('sketch', 'rendered', 'image'))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #ed5e1075
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #c650df2b
 class SkrGANDrawing:
     "How SkrGAN draws"
     @torch.no_grad()

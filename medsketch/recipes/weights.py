@@ -6,7 +6,7 @@
 __all__ = ['RENAMED', 'write_weights', 'weights_file', 'file_header', 'about', 'read_weights', 'misfits', 'take_up', 'read_run',
            'start_from']
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #0b664281
+# %% ../../nbs/06_recipes/00_weights.ipynb #85aa969a
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from ..core import atomic_write, weights_name
 from ..train.checkpoints import checkpoints
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #215fe8f1
+# %% ../../nbs/06_recipes/00_weights.ipynb #4474e891
 def write_weights(
     path, # the .safetensors file
     nets:dict, # {name: module}
@@ -35,7 +35,7 @@ def write_weights(
         with atomic_write(path) as f: f.write(data)
     except OSError as e: raise RuntimeError(f"could not write {path}: {e.strerror or e}") from e
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #d097d470
+# %% ../../nbs/06_recipes/00_weights.ipynb #b9746faa
 RENAMED = dict(hand='variants', place='position', local='consistency')  # arguments of earlier versions
 
 def weights_file(
@@ -79,7 +79,7 @@ def read_weights(
     except (SafetensorError, OSError) as e: raise ValueError(f"{path} is not a file that medsketch saved ({e})") from None
     return out
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #3d2eae38
+# %% ../../nbs/06_recipes/00_weights.ipynb #dda0e4ea
 def misfits(
     nets:dict, # {name: module}, the networks there are
     found:dict, # {name: {tensor's name: tensor}}, what a file holds of them
@@ -105,7 +105,7 @@ def take_up(
     for k, net in nets.items():
         for n, t in net.state_dict().items(): t.copy_(found[k][n])
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #95bb28ef
+# %% ../../nbs/06_recipes/00_weights.ipynb #ecd647ba
 def read_run(
     path, # a .safetensors file, or the folder of a run, finished or not
 ) -> dict: # {network: {tensor's name: tensor}}

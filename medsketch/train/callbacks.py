@@ -108,6 +108,12 @@ class Fade(Callback):
     def before_step(self, trainer): self._set(trainer, trainer.step)
     def after_fit(self, trainer): self._set(trainer, trainer.step)  # a finished run that is resumed makes no step
 
+    def jump(self,
+             step:int=10**9, # steps made; the end of training if not given
+            ):
+        "Stand where the schedule stands at a step"
+        self._set(None, step)
+
     def of(self, name:str) -> float:
         "The alpha of one network"
         return self.alphas.get(name, self.alpha)
@@ -117,6 +123,10 @@ class Fade(Callback):
         "Is this the size and alpha that training ends with?"
         size, alpha, _, alphas = _where(self.growth, 10**9)
         return (self.size, self.alpha, self.alphas) == (size, alpha, alphas)
+
+    def columns(self) -> dict:
+        "For the log"
+        return dict(size=self.size, alpha=f'{self.alpha:.3f}')
 
     def _set(self, trainer, step):
         self.size, self.alpha, batch_size, self.alphas = _where(self.growth, step)
