@@ -448,7 +448,7 @@ def stage_trainer(r, stage, data, monkeypatch):
     return made[0]
 
 
-@pytest.mark.parametrize('stage, phases', [('sketch', ['G_S', 'D_S', 'D_S']), ('render', ['G_P', 'D_P']), ('joint', ['G_S G_P', 'D_S', 'D_P'])])
+@pytest.mark.parametrize('stage, phases', [('sketch', ['G_S', 'D_S', 'D_S']), ('render', ['G_P', 'D_P']), ('joint', ['G_S G_P', 'D_S', 'D_P', 'D_S'])])
 def test_each_phase_moves_its_networks_only(data, monkeypatch, stage, phases):
     r = tiny()
     t = stage_trainer(r, stage, data, monkeypatch)

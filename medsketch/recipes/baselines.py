@@ -27,7 +27,7 @@ from ..train.losses import gradient_penalty, logistic_d, logistic_g, wgan_d, wga
 from ..train.stages import Stage
 from ..train.trainer import Callback
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #6091f009
+# %% ../../nbs/06_recipes/04_baselines.ipynb #c1fcf426
 class Variant:
     "What a variant of the game may change"
     @property
@@ -48,7 +48,7 @@ class Variant:
     def judge(self, D, x): return D(x)
     def real(self, batch): return batch['image']
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #d7bd1d7f
+# %% ../../nbs/06_recipes/04_baselines.ipynb #f2ffcb11
 class GANDrawing:
     "How the baselines draw"
     def imagine(self, G, batch):
@@ -65,7 +65,8 @@ class GANDrawing:
               ) -> dict: # image (n, C, H, W) in [-1, 1]; ACGAN adds label (n,)
         "Draw images from noise"
         self.need('G')
-        return self.in_batches(n, batch_size, lambda count, first: self._sample(self.nets['G'], count, seed, first, **given))
+        draw = lambda count, first: self._sample(self.nets['G'], count, seed, first, **given)
+        return self.in_batches(n, batch_size, draw)
 
     def _sample(self, G, n, seed, first=0, **given):
         given = self.given(n, seed, first, **given)
@@ -97,9 +98,9 @@ class GAN(Variant, GANDrawing, Recipe):
     def stages(self, data, more=None):
         c, game = self.config, self.game()
         phases = game.phases(*(self.optimiser(self.nets[n].parameters()) for n in 'GD'), c.get('critic', 1))
+        around = [*self.callbacks(), *game.callbacks(self.images(self.steps))]
         return [Stage('gan', ('G', 'D'), phases, self.steps, lambda: self.stream(data, c['seed']), average=('G',),
-                      callbacks=[*self.callbacks(), *game.callbacks(self.images(self.steps))], draw=self.grid, columns=self.columns,
-                      refresh=dict(G=self.feed))]
+                      callbacks=around, draw=self.grid, columns=self.columns, refresh=dict(G=self.feed))]
 
     def game(self):
         "Noise against real images, with this variant's losses"
@@ -163,8 +164,8 @@ def pseudo_classes(
 ) -> torch.Tensor: # (N,) int64, numbered from 0; fewer than k groups if fewer images differ
     "Groups of similar images: k-means on grey thumbnails"
     from sklearn.cluster import KMeans
-    grey = lambda i: torch.from_numpy(np.asarray(images[np.arange(i, min(i + 256, len(images)))], np.float32)).mean(1, True)
-    x = torch.cat([F.adaptive_avg_pool2d(grey(i), side) for i in range(0, len(images), 256)]).flatten(1).numpy()
+    parts = (np.asarray(images[np.arange(i, min(i + 256, len(images)))], np.float32) for i in range(0, len(images), 256))
+    x = torch.cat([F.adaptive_avg_pool2d(torch.from_numpy(p).mean(1, True), side) for p in parts]).flatten(1).numpy()
     groups = KMeans(min(k, len(np.unique(x, axis=0))), n_init=1, random_state=seed).fit(x)
     return torch.from_numpy(groups.labels_).long().unique(return_inverse=True)[1]
 
@@ -185,7 +186,8 @@ class ACGANClasses:
         labels = found[0] if found else pseudo_classes(data.images, c['pseudo'], c['seed'])
         names = found[1] if found else [f'group {i + 1}' for i in range(labels.max() + 1)]
         if c['classes'] and list(c['classes']) != names:
-            raise ValueError(f"the recipe knows the classes {', '.join(c['classes'])}, the data has {', '.join(names)}: train a new one")
+            raise ValueError(f"the recipe knows the classes {', '.join(c['classes'])}, "
+                             f"the data has {', '.join(names)}: train a new one")
         c['classes'] = dict(zip(names, labels.bincount().tolist()))
         if len(names) != self.nets['G'].classes: self.build()
         how = 'folder names' if found else 'pseudo-classes: k-means on grey thumbnails of 8 x 8'
@@ -200,7 +202,7 @@ class ACGANClasses:
         labels = [draw(i) if label is None else torch.tensor([names.index(label)]) for i in range(first, first + n)]
         return dict(label=torch.cat(labels).to(self.device))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #7d77819b
+# %% ../../nbs/06_recipes/04_baselines.ipynb #f513f5d9
 class ACGAN(ACGANClasses, GAN):
     "Auxiliary classifier GAN (Odena et al. 2017)"
     name = 'acgan'
@@ -281,7 +283,7 @@ class WGANGP(GAN):
         "Algorithm 1, line 7"
         return dict(w=wgan_d(D(real), D(fake)), gp=self.config['lam'] * gradient_penalty(D, real, fake))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #b6d760aa
+# %% ../../nbs/06_recipes/04_baselines.ipynb #0b580c5a
 class Growing:
     "What growing changes"
     @property

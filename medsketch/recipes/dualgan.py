@@ -21,7 +21,7 @@ from .base import Recipe, sized
 from ..sketch.masks import clean_masks, mask_planes, plane_masks, soften
 from ..train.stages import Stage
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #2ffa53bf
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #5674f371
 def mask_game(
     latent_dim:int, # length of the noise
     **how, # for `Adversarial`: loss, r1, augment
@@ -55,7 +55,7 @@ def count_classes(
     "Mask classes with the background: as many as are named, or as the highest id tells"
     return max(2, len(data.classes or ()), 1 + max(int(data.masks[i].max()) for i in range(len(data))))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #75f06bf8
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #dec77553
 class DualGANData:
     "What the two stages learn from"
     def prepare(self, data, more=None):
@@ -84,13 +84,14 @@ class DualGANData:
             return batch | dict(sketch=soften(mask_planes(batch['mask'], self.config['classes']), soft))
         return Batches(data, self.config['batch_size'], seed=seed, augment=change)
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #aa914509
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #9b43b92a
 class DualGANStages:
     "What the dual GAN trains, and when"
     def networks(self):
         c = self.config
         self.planes = p = 1 if (c['classes'] or 2) == 2 else c['classes']
-        unet = lambda: UNetRenderer(c['size'], p, c['channels'], c['ngf'], c['ngf_max'], c['depth'], position=c['position'])
+        widths = c['ngf'], c['ngf_max'], c['depth']
+        unet = lambda: UNetRenderer(c['size'], p, c['channels'], *widths, position=c['position'])
         return dict(G_M=DCGenerator(c['size'], p, c['latent_dim'], c['ngf'], c['ngf_max']),
                     D_M=DCDiscriminator(c['size'], p, c['ndf']),
                     G_P=make_network(c['renderer'], unet, p, c['channels'], c['size']),
@@ -101,19 +102,21 @@ class DualGANStages:
     def mask_stage(self, data):
         c, aug = self.config, augmenter(self.config['diffaugment'], self.config['ada'])
         game = mask_game(c['latent_dim'], loss=c['loss'], r1=c['r1'], augment=aug)
-        return Stage('mask', ('G_M', 'D_M'), game.phases(self._adam('G_M'), self._adam('D_M')), c['mask_steps'],
-                     lambda: self._batches(data, c['seed'], 'mask'), average=('G_M',), callbacks=game.callbacks(self.images(c['mask_steps'])),
-                     draw=lambda: self.grid(keys=('mask',)), refresh=dict(G_M=self.feed_noise))
+        phases, steps = game.phases(self._adam('G_M'), self._adam('D_M')), c['mask_steps']
+        return Stage('mask', ('G_M', 'D_M'), phases, steps, lambda: self._batches(data, c['seed'], 'mask'), average=('G_M',),
+                     callbacks=game.callbacks(self.images(steps)), draw=lambda: self.grid(keys=('mask',)),
+                     refresh=dict(G_M=self.feed_noise))
 
     def render_stage(self, data, more=None):
         c, aug = self.config, augmenter(self.config['diffaugment'], self.config['ada'])
         pairs = data if more is None else join(data, more)
         phases = RenderLosses(c['lam'], augment=aug).phases(self._adam('G_P'), self._adam('D_P'))
-        return Stage('render', ('G_P', 'D_P'), phases, c['render_steps'], lambda: self._batches(pairs, c['seed'] + 1, 'render'),
-                     average=('G_P',), callbacks=adaptive(aug, self.images(c['render_steps'])), draw=lambda: self.rendered(pairs),
+        stream, steps = lambda: self._batches(pairs, c['seed'] + 1, 'render'), c['render_steps']
+        return Stage('render', ('G_P', 'D_P'), phases, steps, stream, average=('G_P',),
+                     callbacks=adaptive(aug, self.images(steps)), draw=lambda: self.rendered(pairs),
                      refresh=dict(G_P=self.feed(pairs)), meta=dict(more=more.fingerprint() if more else None))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #08bf4632
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #535a2065
 class DualGANParts:
     "Optimisers, batch norm and pictures of the stages"
     def _adam(self, name):
@@ -136,9 +139,10 @@ class DualGANParts:
         shown = data.batch(np.linspace(0, len(data) - 1, min(8, len(data))).astype(int))
         planes = mask_planes(shown['mask'], self.config['classes']).to(self.device)
         made = self.averaged().nets['G_P'](planes * 2 - 1).cpu()
-        return sample_grid(dict(mask=shown['mask'], rendered=made, image=shown['image']), ('mask', 'rendered', 'image'))
+        rows = dict(mask=shown['mask'], rendered=made, image=shown['image'])
+        return sample_grid(rows, tuple(rows))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #5ea224c3
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #bb379e02
 class DualGANDrawing:
     "How the dual GAN draws"
     def _masks(self, noise):
@@ -192,7 +196,7 @@ class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
     def __init__(self,
                  size:int=256, # side of images and masks, pixels (power of two from 16); the paper's is 512 (§IV)
                  channels:int=3, # of the images: 3 colour, 1 grey, or the number of modalities
-                 classes:int|None=None, # of the masks, with the background; `fit` finds it in the data. 2: all above 0 is foreground
+                 classes:int|None=None, # of the masks, with the background; found in the data. 2: all above 0 is foreground
                  latent_dim:int=100, # length of the noise
                  ngf:int=64, # feature maps of the outermost level of G_M and G_P
                  ngf_max:int|None=None, # and of the widest; 8 * ngf if not given
@@ -207,7 +211,7 @@ class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
                  diffaugment:str|None=None, # in front of both discriminators: 'translate,cutout' or others
                  ada:float|None=None, # adaptive: the sign of D on real images to aim at, usually 0.6
                  soft:float=.5, # blur of the masks that D_M sees, pixels; 0 for none
-                 speck:int|None=None, # islands of a drawn mask with fewer pixels go; an eighth of the side if not given, 0 keeps all
+                 speck:int|None=None, # islands with fewer pixels go; an eighth of the side if not given, 0 keeps all
                  lr:float=2e-4, # learning rate of all networks
                  mask_steps:int=20_000, # Stage I: batches
                  render_steps:int=20_000, # Stage II: batches
@@ -217,7 +221,8 @@ class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
                 ):
         super().__init__(**{k: v for k, v in locals().items() if k not in ('self', '__class__')})
         self.check(least=16, positive=('mask_steps', 'render_steps'))
-        if classes is not None and classes < 2: raise ValueError(f"classes={classes}: at least 2 are needed, the background is one")
+        if classes is not None and classes < 2:
+            raise ValueError(f"classes={classes}: at least 2 are needed, the background is one")
         self.build()
         self.check_field()
 

@@ -89,13 +89,14 @@ class JointLosses:
         "The phases of the joint stage"
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #06c059b6
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #1dd07fd5
 class SkrGANStages:
     "What SkrGAN trains, and when"
     def networks(self):
         c = self.config
         width = c['fmap_base'], c['fmap_max']
-        unet = lambda: UNetRenderer(c['size'], 1, c['channels'], c['ngf'], c['ngf_max'], c['depth'], position=c['position'])
+        widths = c['ngf'], c['ngf_max'], c['depth']
+        unet = lambda: UNetRenderer(c['size'], 1, c['channels'], *widths, position=c['position'])
         return dict(G_S=SketchGenerator(c['size'], c['latent_dim'], *width, c['widths']),
                     D_S=PGDiscriminator(c['size'], 1, *width, fmaps=c['widths']),
                     G_P=make_network(c['renderer'], unet, 1, c['channels'], c['size']),
@@ -107,16 +108,17 @@ class SkrGANStages:
     def sketch_stage(self, data):
         c, aug = self.config, augmenter(self.config['diffaugment'], self.config['ada'])
         game = sketch_game(self.fade, c['latent_dim'], loss=c['loss'], r1=c['r1'], every=c['r1_every'], augment=aug)
-        return Stage('sketch', ('G_S', 'D_S'), game.phases(self._adam('G_S'), self._adam('D_S')), self.fade.growth.steps,
-                     lambda: self.stream(data, c['seed']), average=('G_S',), callbacks=[self.fade, *game.callbacks(self.images(self.fade.growth.steps))],
+        phases, steps = game.phases(self._adam('G_S'), self._adam('D_S')), self.fade.growth.steps
+        return Stage('sketch', ('G_S', 'D_S'), phases, steps, lambda: self.stream(data, c['seed']), average=('G_S',),
+                     callbacks=[self.fade, *game.callbacks(self.images(steps))],
                      draw=lambda: self.grid(keys=('sketch',)), columns=self.fade.columns)
 
     def render_stage(self, data):
         c, aug = self.config, augmenter(self.config['diffaugment'], self.config['ada'])
-        losses = RenderLosses(c['lam'], c['consistency'], augment=aug)
-        return Stage('render', ('G_P', 'D_P'), losses.phases(self._adam('G_P'), self._adam('D_P')), c['render_steps'],
-                     lambda: self.pairs_of(data), average=('G_P',), callbacks=adaptive(aug, self.images(c['render_steps'])),
-                     draw=lambda: self.rendered(data), refresh=dict(G_P=self.feed(data)))
+        phases = RenderLosses(c['lam'], c['consistency'], augment=aug).phases(self._adam('G_P'), self._adam('D_P'))
+        return Stage('render', ('G_P', 'D_P'), phases, c['render_steps'], lambda: self.pairs_of(data), average=('G_P',),
+                     callbacks=adaptive(aug, self.images(c['render_steps'])), draw=lambda: self.rendered(data),
+                     refresh=dict(G_P=self.feed(data)))
 
     def joint_stage(self, data):
         c = self.config
@@ -126,7 +128,7 @@ class SkrGANStages:
                      lambda: self.stream(data, c['seed'] + 2), average=('G_S', 'G_P'), draw=lambda: self.grid(8),
                      refresh=dict(G_P=self.feed(data)))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #a95e3583
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #c27e2d04
 class SkrGANParts:
     "Optimisers, batches and pictures of the stages"
     def _adam(self, *names, part=1.):
@@ -153,9 +155,10 @@ class SkrGANParts:
         "A picture: sketches, what the renderer makes of them, and the images they came from"
         shown = data.batch(np.linspace(0, len(data) - 1, min(8, len(data))).astype(int))
         made = self.averaged().nets['G_P'](shown['sketch'].to(self.device) * 2 - 1).cpu()
-        return sample_grid(dict(sketch=shown['sketch'], rendered=made, image=shown['image']), ('sketch', 'rendered', 'image'))
+        rows = dict(sketch=shown['sketch'], rendered=made, image=shown['image'])
+        return sample_grid(rows, tuple(rows))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #c650df2b
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #2cbcd497
 class SkrGANDrawing:
     "How SkrGAN draws"
     @torch.no_grad()
@@ -215,7 +218,7 @@ class SkrGAN(SkrGANStages, SkrGANParts, SkrGANDrawing, Recipe):
                  ndf:int=64, # feature maps of D_P's first layer
                  receptive_field:int=70, # of D_P, pixels
                  lam:float=100., # λ of Eq. 2
-                 loss:str='logistic', # of the sketch stage: the paper's 'logistic', or 'relativistic' against mode collapse
+                 loss:str='logistic', # of the sketch stage: the paper's, or 'relativistic' against mode collapse
                  r1:float=1., # γ of the R1 penalty on D_S; 0 for none
                  r1_every:int=16, # steps between penalties
                  diffaugment:str|None=None, # in front of D_S and D_P: 'translate,cutout' or others of `train.augment`
@@ -240,5 +243,5 @@ class SkrGAN(SkrGANStages, SkrGANParts, SkrGANDrawing, Recipe):
 
     @staticmethod
     def steps_each(steps:int, size:int) -> dict:
-        "Arguments that give the sketch and the render stage so many batches each; half of the first's at the last resolution"
+        "Arguments that give the first two stages so many batches each, half of the sketches' at the last resolution"
         return dict(batches=half_at_last(steps, size), render_steps=steps, joint_steps=0)

@@ -6,7 +6,7 @@
 __all__ = ['RENAMED', 'write_weights', 'weights_file', 'file_header', 'about', 'read_weights', 'misfits', 'take_up', 'read_run',
            'start_from']
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #85aa969a
+# %% ../../nbs/06_recipes/00_weights.ipynb #64a0ac0d
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +18,14 @@ from safetensors.torch import save as to_bytes
 from ..core import atomic_write, weights_name
 from ..train.checkpoints import checkpoints
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #4474e891
+# %% ../../nbs/06_recipes/00_weights.ipynb #f0a87959
 def write_weights(
     path, # the .safetensors file
     nets:dict, # {name: module}
     about:dict, # what they are: recipe, config …
     half:bool=False, # keep convolutions in 16 bits: half the file, images the same to the eye
 ):
-    "Write networks and what they are in one file; a file that holds the same already is left alone. Raises `RuntimeError` if the disk refuses"
+    "Write networks and what they are; a file that holds just this is left alone. `RuntimeError` if the disk refuses"
     short = lambda t: t.half() if half and t.ndim > 1 else t
     flat = {f'{k}.{name}': short(t.detach().cpu().contiguous())
             for k, n in nets.items() for name, t in n.state_dict().items()}
@@ -35,7 +35,7 @@ def write_weights(
         with atomic_write(path) as f: f.write(data)
     except OSError as e: raise RuntimeError(f"could not write {path}: {e.strerror or e}") from e
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #b9746faa
+# %% ../../nbs/06_recipes/00_weights.ipynb #95490b22
 RENAMED = dict(hand='variants', place='position', local='consistency')  # arguments of earlier versions
 
 def weights_file(
@@ -76,10 +76,11 @@ def read_weights(
             for k in f.keys():
                 net, _, name = k.partition('.')
                 out.setdefault(net, {})[name] = f.get_tensor(k)
-    except (SafetensorError, OSError) as e: raise ValueError(f"{path} is not a file that medsketch saved ({e})") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a file that medsketch saved ({e})") from None
     return out
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #dda0e4ea
+# %% ../../nbs/06_recipes/00_weights.ipynb #2f255d46
 def misfits(
     nets:dict, # {name: module}, the networks there are
     found:dict, # {name: {tensor's name: tensor}}, what a file holds of them
@@ -105,7 +106,7 @@ def take_up(
     for k, net in nets.items():
         for n, t in net.state_dict().items(): t.copy_(found[k][n])
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #ecd647ba
+# %% ../../nbs/06_recipes/00_weights.ipynb #dd758334
 def read_run(
     path, # a .safetensors file, or the folder of a run, finished or not
 ) -> dict: # {network: {tensor's name: tensor}}
@@ -128,12 +129,14 @@ def start_from(
 ) -> dict: # {network: fingerprint} of what was taken up
     "Take up weights of other runs. Raises `ValueError` listing what does not fit, or if there is nothing in common"
     sources = init if isinstance(init, dict) else dict.fromkeys(nets, init)
-    if odd := sources.keys() - nets.keys(): raise ValueError(f"no network is called {odd.pop()!r}; there are: {', '.join(nets)}")
+    if odd := sources.keys() - nets.keys():
+        raise ValueError(f"no network is called {odd.pop()!r}; there are: {', '.join(nets)}")
     files = {str(p): read_run(p) for p in set(map(str, sources.values()))}
     found = {k: files[str(p)][k] for k, p in sources.items() if k in files[str(p)]}
     if missing := [k for k in sources if isinstance(init, dict) and k not in found]:
         raise ValueError(f"{init[missing[0]]} holds no network called {missing[0]}")
-    if not found: raise ValueError(f"{init} has no network in common with this recipe; it holds {', '.join(*files.values())}")
+    if not found:
+        raise ValueError(f"{init} has no network in common with this recipe; it holds {', '.join(*files.values())}")
     mine = {k: nets[k] for k in found}
     take_up(mine, found, init, most=8)
     return {k: weights_name(n) for k, n in mine.items()}

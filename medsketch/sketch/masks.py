@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mask_planes', 'soften', 'plane_masks', 'clean_masks']
 
-# %% ../../nbs/03_sketch/02_masks.ipynb #e6236b54
+# %% ../../nbs/03_sketch/02_masks.ipynb #514fa790
 import cv2
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ def mask_planes(
     "Class ids as planes. Raises `ValueError` for an id that is none of the classes"
     if classes == 2: return (mask > 0).float()[:, None]
     if mask.numel() and mask.max() >= classes:
-        raise ValueError(f"the masks hold class {int(mask.max())}, the recipe has {classes} classes: 0 to {classes - 1}")
+        found = int(mask.max())
+        raise ValueError(f"the masks hold class {found}, the recipe has {classes} classes: 0 to {classes - 1}")
     return F.one_hot(mask, classes).movedim(-1, 1).float()
 
 # %% ../../nbs/03_sketch/02_masks.ipynb #c540b4df
@@ -47,7 +48,7 @@ def clean_masks(
     masks, # (N, H, W) int64 class ids
     least:int, # islands with fewer pixels go
 ) -> torch.Tensor: # (N, H, W) int64, on the same device
-    "Give small islands of a class, its pixels joined also over corners, to what surrounds them; the background is no island"
+    "Give small islands of a class, joined also over corners, to what surrounds them; the background is no island"
     out = masks.cpu().numpy().astype(np.uint8)
     for m in out:
         for k in set(np.unique(m)) - {0}:
