@@ -353,7 +353,7 @@ def test_renderer_in_evaluation_mode(norm, dropout):
 
 def test_a_shallow_renderer_answers_nearby_only_and_knows_its_place():
     torch.manual_seed(0)
-    plain, placed = (UNetRenderer(128, ngf=4, ngf_max=8, depth=3, place=p).eval() for p in (False, True))
+    plain, placed = (UNetRenderer(128, ngf=4, ngf_max=8, depth=3, position=p).eval() for p in (False, True))
     assert max(m.weight.shape[0] for m in plain.down) == 8
     placed.load_state_dict(plain.state_dict() | {'place': placed.place})
     x = torch.zeros(1, 1, 128, 128)
@@ -368,22 +368,26 @@ def test_a_shallow_renderer_answers_nearby_only_and_knows_its_place():
         assert moved[:56].min() > 0 and moved[100:].max() == 0                 # the map's left half, the image's
         close(placed.for_inference()(y), placed(y))
         assert placed(torch.zeros(1, 1, 64, 64)).shape == (1, 3, 64, 64)
+    earlier = UNetRenderer(128, ngf=4, ngf_max=8, depth=3, place=True)         # the argument's earlier name
+    earlier.load_state_dict(placed.state_dict())
 
 
 @pytest.mark.parametrize('wrong, message', [
     (lambda: UNetRenderer(64, depth=1), 'use 2 to 6'), (lambda: UNetRenderer(64, norm='layer'), "'instance'"),
     (lambda: UNetRenderer(64, ngf=2)(torch.zeros(1, 3, 64, 64)), 'wants (N, 1, H, W)'),
     (lambda: UNetRenderer(64, ngf=2)(torch.zeros(1, 1, 96, 96)), 'multiples of 64'),
-    (lambda: PatchDiscriminator(receptive_field=71), '1, 16, 34, 70, 142, 286'),
+    (lambda: PatchDiscriminator(receptive_field=71), 'not one of 1, 16, 34, 70, 142, 286'),
     (lambda: PatchDiscriminator()(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8)), 'at least 24 pixels'),
     (lambda: PGGenerator(16, fmap_max=8)(torch.zeros(1, 512), 32), 'from 4 to 16'),
     (lambda: PGGenerator(16, fmap_max=8)(torch.zeros(1, 512), alpha=2), 'alpha is 2'),
     (lambda: PGDiscriminator(16, fmap_max=8)(torch.zeros(1, 3, 32, 32)), 'from 4 to 16'),
     (lambda: PGDiscriminator(100), 'nearest is 128'),
     (lambda: PGGenerator(16, fmaps={4: 8, 16: 4}), 'no entry for resolution 8'),
-    (lambda: PGDiscriminator(16, fmaps=[8, 8]), '3 resolutions'), (lambda: widths(16, fmaps=[8, 8, 8, 8]), '3 resolutions'),
+    (lambda: PGDiscriminator(16, fmaps=[8, 8]), '3 resolutions'),
+    (lambda: widths(16, fmaps=[8, 8, 8, 8]), '3 resolutions'),
     (lambda: widths(8, fmaps={4: 8, 8: 0}), '0 feature maps at resolution 8'),
-    (lambda: widths(8, fmaps={4: 8, 8: 4.5}), 'whole numbers'), (lambda: widths(8, fmaps={4: 8, 8: 4, 12: 3}), 'whole numbers'),
+    (lambda: widths(8, fmaps={4: 8, 8: 4.5}), 'whole numbers'),
+    (lambda: widths(8, fmaps={4: 8, 8: 4, 12: 3}), 'whole numbers'),
     (lambda: widths(8, fmaps={'small': 8}), 'whole numbers'), (lambda: widths(8, fmaps=128), 'whole numbers')])
 def test_errors_are_one_line(wrong, message):
     with pytest.raises(ValueError) as e: wrong()
