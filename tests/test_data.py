@@ -1,4 +1,5 @@
 "Reading folders, keeping bad files out, splitting and serving them."
+import importlib.util
 import json
 import os
 import subprocess
@@ -238,7 +239,7 @@ def test_nifti_contrasts_and_masks_stay_together(tmp_path):
 @pytest.mark.parametrize('name, package', [('a.dcm', 'pydicom'), ('a.nii.gz', 'nibabel')])
 def test_missing_reader_says_what_to_install(tmp_path, monkeypatch, name, package):
     (tmp_path / name).write_bytes(b'x' * 200)
-    monkeypatch.setattr(readers.importlib.util, 'find_spec', lambda m: None)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda m: None)
     for f in (read_image, lambda p: load(p)):
         with pytest.raises(ImportError, match=rf'needs {package}: pip install medsketch\[volumes\]'): f(tmp_path / name)
 
@@ -366,10 +367,11 @@ def test_a_table_above_the_folder(tmp_path):
     lines += [f'a,a/images/{i:02}.png,a/masks/{i:02}.png,a/images/{(i + 1) % 3:02}.png;a/masks/00.png,s{i // 2}' for i in range(3)]
     lines += ['b,b/images/00.png,,,s0', 'b,b/images/gone.png,,,s1', '']
     (tmp_path / 'manifest.csv').write_text('\n'.join(lines), encoding='utf-8')
-    a = load(tmp_path / 'a')
+    table = tmp_path / 'manifest.csv'
+    a = load(tmp_path / 'a', manifest=table)
     assert (len(a), a.channels, sorted(set(a.subjects)), a.classes) == (3, 2, ['a/s0', 'a/s1'], ('background', 'foreground'))
-    assert (load(tmp_path / 'a', channels=1).images[:, 0] == a.images[:, 0]).all()
-    with pytest.warns(UserWarning, match='1 of the images'): b = load_images(tmp_path / 'b', 32)
+    assert (load(tmp_path / 'a', channels=1, manifest=table).images[:, 0] == a.images[:, 0]).all()
+    with pytest.warns(UserWarning, match='1 of the images'): b = load_images(tmp_path / 'b', 32, manifest=table)
     assert (len(b), b.masks, b.subjects) == (1, None, ['b/s0']) and 'gone.png' in b.skipped[0][0]
     assert len(find_cases(tmp_path)) == len(find_cases(tmp_path / 'manifest.csv')) == 5
 
@@ -423,7 +425,7 @@ def test_a_broken_cache_is_built_again(tmp_path, harm):
     d = fill(tmp_path / 'd')
     whole = np.array(load(d, cache='disk').images)
     folder, = (tmp_path / 'cache').iterdir()
-    if harm == 'half': (folder / 'images.npy').write_bytes((folder / 'images.npy').read_bytes()[:2000])
+    if harm == 'half': (folder / 'image.npy').write_bytes((folder / 'image.npy').read_bytes()[:2000])
     if harm == 'nojson': (folder / 'data.json').unlink()
     if harm == 'badjson': (folder / 'data.json').write_text('{"paths": [')
     assert (load(d, cache='disk').images == whole).all()
@@ -560,7 +562,7 @@ def test_import_is_light():
     ('retina', 49, 3, 2, 39), ('retina/chasedb1', 20, 3, 2, 10), ('chest_xray', 75, 1, None, 47), ('ct/lungsegdb', 12, 1, 2, 2),
     ('brain_mri/tcga_glioma_4mod', 28, 4, 3, 1), ('brain_mri', 42, 1, 4, 5), ('ultrasound/busi', 21, 1, 3, 21), ('endoscopy', 150, 3, 2, 150)])
 def test_real_sets(folder, n, channels, classes, subjects):
-    ds = load(REAL / folder, 32)
+    ds = load(REAL / folder, 32, manifest=REAL / 'manifest.csv')
     assert (len(ds), ds.channels, ds.classes and len(ds.classes), len(set(ds.subjects))) == (n, channels, classes, subjects)
     assert ds.images.reshape(n, -1).std(1).min() > 5
     if ds.masks is not None: assert ds.masks.any() and ds.masks.max() == classes - 1

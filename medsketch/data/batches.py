@@ -131,7 +131,7 @@ class Batches:
 
     def __iter__(self): return self
 
-# %% ../../nbs/02_data/08_batches.ipynb #17a76473
+# %% ../../nbs/02_data/08_batches.ipynb #94b54311
 def index(self:Batches,
     position:int, # in the stream
 ) -> int: # in the dataset
@@ -142,16 +142,16 @@ def index(self:Batches,
         self._orders[epoch] = torch.randperm(len(self.ds), generator=torch_rng(self.seed, 0, epoch)).tolist()
     return self._orders[epoch][i]
 
-def _make(self, first, indices, augment):
+def _make(ds, seed, first, indices, augment, pin):
     "The batch that begins at a position, moved and pinned"
-    batch = self.ds.batch(indices)
-    if augment: batch = augment(batch, torch_rng(self.seed, 1, first))
-    if self.pin: batch = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    batch = ds.batch(indices)
+    if augment: batch = augment(batch, torch_rng(seed, 1, first))
+    if pin: batch = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     return batch
 
 Batches.index = index
 
-# %% ../../nbs/02_data/08_batches.ipynb #507bfe62
+# %% ../../nbs/02_data/08_batches.ipynb #205c881b
 def _key(self, position):
     "What the batch at a position depends on"
     numbers = {k: v for k, v in getattr(self.augment, '__dict__', {}).items() if isinstance(v, (int, float, str))}
@@ -162,7 +162,7 @@ def _submit(self, position):
     key = _key(self, position)
     indices = [self.index(p) for p in range(key[0], key[0] + self.batch_size)]
     frozen = copy.copy(self.augment) # as it is now, whatever is set while a thread works
-    self._ahead.append((key, self._pool.submit(_make, self, key[0], indices, frozen)))
+    self._ahead.append((key, self._pool.submit(_make, self.ds, self.seed, key[0], indices, frozen, self.pin)))
 
 def _prefetched(self):
     "The batch at the present position, and the next ones under way"
@@ -174,12 +174,13 @@ def _prefetched(self):
     while len(self._ahead) <= self.workers: _submit(self, self.position + len(self._ahead) * step)
     return self._ahead.popleft()[1].result()
 
-# %% ../../nbs/02_data/08_batches.ipynb #a7395da2
+# %% ../../nbs/02_data/08_batches.ipynb #d57cf17f
 def _next(self):
     if self.workers: batch = _prefetched(self)
     else:
         first = self.position + self.rank * self.batch_size
-        batch = _make(self, first, [self.index(p) for p in range(first, first + self.batch_size)], self.augment)
+        indices = [self.index(p) for p in range(first, first + self.batch_size)]
+        batch = _make(self.ds, self.seed, first, indices, self.augment, self.pin)
     self.position += self.batch_size * self.world
     return batch
 

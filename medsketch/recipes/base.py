@@ -24,7 +24,7 @@ from ..train.growth import Growth
 from ..train.stages import choose, newest_checkpoint, note_frozen, open_run, read_config, train_stage
 from ..train.trainer import make_accelerator
 
-# %% ../../nbs/06_recipes/01_base.ipynb #bfb88bdd
+# %% ../../nbs/06_recipes/01_base.ipynb #68433731
 def as_data(
     data, # a folder, an `ImageData`, or any map-style `Dataset` of dictionaries with `image`
     size:int, # pixels
@@ -49,7 +49,7 @@ def sized(
                          f"the recipe {size} px with {channels}: load it as the recipe needs it")
     return data
 
-# %% ../../nbs/06_recipes/01_base.ipynb #13ffc7f5
+# %% ../../nbs/06_recipes/01_base.ipynb #9015a471
 class Drawing:
     "How a recipe draws"
     def noise(self,
@@ -75,7 +75,7 @@ class Drawing:
         batch = self.averaged().sample(n, 0)
         return sample_grid({k: v.cpu() for k, v in batch.items() if k in ('sketch', 'mask', 'image')}, **keys)
 
-# %% ../../nbs/06_recipes/01_base.ipynb #9264df5d
+# %% ../../nbs/06_recipes/01_base.ipynb #3d1be517
 class ManySamples:
     "Many samples, a few at a time"
     def in_batches(self,
@@ -105,7 +105,7 @@ class ManySamples:
         if hasattr(r.nets['G_P'], 'for_inference'): r.nets['G_P'] = r.nets['G_P'].for_inference(dtype)
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #4dccf285
+# %% ../../nbs/06_recipes/01_base.ipynb #185dad52
 class Saving:
     "How a recipe is kept"
     @property
@@ -143,7 +143,7 @@ class Saving:
         if not isinstance(r, cls): raise ValueError(f"{path} is of recipe {r.name}, not {cls.name}")
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #27a0637f
+# %% ../../nbs/06_recipes/01_base.ipynb #78aee0ac
 class Preparing:
     "What a recipe learns from"
     def prepare(self,
@@ -170,7 +170,7 @@ class Preparing:
         size = self.config['batch_size']
         return steps * (max(size.values()) if isinstance(size, dict) else size)
 
-# %% ../../nbs/06_recipes/01_base.ipynb #32bc1109
+# %% ../../nbs/06_recipes/01_base.ipynb #3ca5f0a1
 class Fitting:
     "The one `fit` of all recipes"
     def fit(self,
@@ -202,7 +202,7 @@ class Fitting:
 
 def _paths(init): return {k: str(p) for k, p in init.items()} if isinstance(init, dict) else str(init)
 
-# %% ../../nbs/06_recipes/01_base.ipynb #9da90a68
+# %% ../../nbs/06_recipes/01_base.ipynb #614cd8df
 class Stepping:
     "One stage of it"
     def _train(self, stage, out, folder, **kwargs):
@@ -241,7 +241,7 @@ class Stepping:
         if acc.is_main_process: self.save(f'{out}/weights.safetensors')
         acc.wait_for_everyone()
 
-# %% ../../nbs/06_recipes/01_base.ipynb #b64ac52e
+# %% ../../nbs/06_recipes/01_base.ipynb #f42bc0a9
 class Checks:
     "What recipes check of their arguments"
     def check(self,
@@ -319,7 +319,7 @@ class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks)
     @property
     def device(self): return next(next(iter(self.nets.values())).parameters()).device
 
-# %% ../../nbs/06_recipes/01_base.ipynb #2d61900b
+# %% ../../nbs/06_recipes/01_base.ipynb #1a5a48bc
 def with_int_keys(
     config:dict, # keyword arguments
 ) -> dict: # the same, for the tables {resolution: number}: JSON turns their keys into text
@@ -339,7 +339,7 @@ def half_at_last(
     table[sizes[-1]] = max(1, steps - sum(table[s] for s in sizes[:-1]))
     return table
 
-# %% ../../nbs/06_recipes/01_base.ipynb #c674e8ca
+# %% ../../nbs/06_recipes/01_base.ipynb #ab8b3ab1
 def recipe_class(
     name:str, # a key of `RECIPES`
 ) -> type:

@@ -27,7 +27,7 @@ from ..train.losses import gradient_penalty, logistic_d, logistic_g, wgan_d, wga
 from ..train.stages import Stage
 from ..train.trainer import Callback
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #c1fcf426
+# %% ../../nbs/06_recipes/04_baselines.ipynb #469406da
 class Variant:
     "What a variant of the game may change"
     @property
@@ -48,7 +48,7 @@ class Variant:
     def judge(self, D, x): return D(x)
     def real(self, batch): return batch['image']
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #f2ffcb11
+# %% ../../nbs/06_recipes/04_baselines.ipynb #087cbccf
 class GANDrawing:
     "How the baselines draw"
     def imagine(self, G, batch):
@@ -202,7 +202,7 @@ class ACGANClasses:
         labels = [draw(i) if label is None else torch.tensor([names.index(label)]) for i in range(first, first + n)]
         return dict(label=torch.cat(labels).to(self.device))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #f513f5d9
+# %% ../../nbs/06_recipes/04_baselines.ipynb #b09d53a3
 class ACGAN(ACGANClasses, GAN):
     "Auxiliary classifier GAN (Odena et al. 2017)"
     name = 'acgan'
@@ -283,7 +283,7 @@ class WGANGP(GAN):
         "Algorithm 1, line 7"
         return dict(w=wgan_d(D(real), D(fake)), gp=self.config['lam'] * gradient_penalty(D, real, fake))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #0b580c5a
+# %% ../../nbs/06_recipes/04_baselines.ipynb #86137ed5
 class Growing:
     "What growing changes"
     @property

@@ -21,7 +21,7 @@ from .base import Recipe, sized
 from ..sketch.masks import clean_masks, mask_planes, plane_masks, soften
 from ..train.stages import Stage
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #5674f371
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #4356d9d7
 def mask_game(
     latent_dim:int, # length of the noise
     **how, # for `Adversarial`: loss, r1, augment
@@ -55,7 +55,7 @@ def count_classes(
     "Mask classes with the background: as many as are named, or as the highest id tells"
     return max(2, len(data.classes or ()), 1 + max(int(data.masks[i].max()) for i in range(len(data))))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #dec77553
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #78492bea
 class DualGANData:
     "What the two stages learn from"
     def prepare(self, data, more=None):
@@ -84,7 +84,7 @@ class DualGANData:
             return batch | dict(sketch=soften(mask_planes(batch['mask'], self.config['classes']), soft))
         return Batches(data, self.config['batch_size'], seed=seed, augment=change)
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #9b43b92a
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #87206683
 class DualGANStages:
     "What the dual GAN trains, and when"
     def networks(self):
@@ -116,7 +116,7 @@ class DualGANStages:
                      callbacks=adaptive(aug, self.images(steps)), draw=lambda: self.rendered(pairs),
                      refresh=dict(G_P=self.feed(pairs)), meta=dict(more=more.fingerprint() if more else None))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #535a2065
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #10a42dc8
 class DualGANParts:
     "Optimisers, batch norm and pictures of the stages"
     def _adam(self, name):
@@ -142,7 +142,7 @@ class DualGANParts:
         rows = dict(mask=shown['mask'], rendered=made, image=shown['image'])
         return sample_grid(rows, tuple(rows))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #bb379e02
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #721d9340
 class DualGANDrawing:
     "How the dual GAN draws"
     def _masks(self, noise):

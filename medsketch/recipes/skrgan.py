@@ -20,7 +20,7 @@ from .base import Recipe, half_at_last, with_int_keys
 from ..sketch.variants import add_variants, jitter
 from ..train.callbacks import Fade
 from ..train.growth import grow_reals
-from ..train.losses import l1, logistic_d, logistic_g
+from ..train.losses import l1, logistic_d, logistic_g, r1_penalty
 from ..train.stages import Stage
 from ..train.trainer import Phase
 
@@ -66,7 +66,9 @@ class JointLosses:
     def __init__(self,
                  latent_dim:int, # length of the noise
                  lam:float=100., # λ, weight of L1
-                ): self.latent_dim, self.lam = latent_dim, lam
+                 r1:float=0., # γ of the R1 penalty on D_S, as in the sketch stage; 0 for none
+                 every:int=16, # steps between penalties
+                ): self.latent_dim, self.lam, self.r1, self.every = latent_dim, lam, r1, every
 
     def g(self, nets, batch):
         y, x = batch['sketch'], batch['image']
@@ -85,11 +87,14 @@ class JointLosses:
         return (logistic_d(real, nets.D_P(batch['rendered'], y)) +
                 logistic_d(real, nets.D_P(batch['fake_image'], batch['fake_sketch']))) / 4
 
+    def penalty(self, nets, batch): return self.r1 / 2 * r1_penalty(nets.D_S, batch['sketch'] * 2 - 1)
+
     def phases(self, opt_g, opt_ds, opt_dp) -> list:
         "The phases of the joint stage"
-        return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp)]
+        lazy = [Phase('R1', self.penalty, opt_ds, every=self.every)] if self.r1 else []
+        return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp), *lazy]
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #1dd07fd5
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #04c3f85c
 class SkrGANStages:
     "What SkrGAN trains, and when"
     def networks(self):
@@ -122,13 +127,13 @@ class SkrGANStages:
 
     def joint_stage(self, data):
         c = self.config
-        phases = JointLosses(c['latent_dim'], c['lam']).phases(
+        phases = JointLosses(c['latent_dim'], c['lam'], c['r1'], c['r1_every']).phases(
             self._adam('G_S', 'G_P', part=.1), self._adam('D_S', part=.1), self._adam('D_P', part=.1))
         return Stage('joint', ('G_S', 'D_S', 'G_P', 'D_P'), phases, c['joint_steps'],
                      lambda: self.stream(data, c['seed'] + 2), average=('G_S', 'G_P'), draw=lambda: self.grid(8),
                      refresh=dict(G_P=self.feed(data)))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #c27e2d04
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #ebcb65d8
 class SkrGANParts:
     "Optimisers, batches and pictures of the stages"
     def _adam(self, *names, part=1.):
@@ -158,7 +163,7 @@ class SkrGANParts:
         rows = dict(sketch=shown['sketch'], rendered=made, image=shown['image'])
         return sample_grid(rows, tuple(rows))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #2cbcd497
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #91213d1f
 class SkrGANDrawing:
     "How SkrGAN draws"
     @torch.no_grad()
