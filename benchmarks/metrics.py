@@ -44,7 +44,8 @@ def torch_ms_ssim(x, y):
 
 
 def plain_swd(real, fake, rng):
-    "SWD the usual way, as in the progressive-GAN paper, pyramids by depthwise convolutions: whole batches, slices sorted along the first axis"
+    """SWD the usual way, as in the progressive-GAN paper, pyramids by depthwise convolutions: whole batches, slices
+    sorted along the first axis"""
     row = torch.tensor([1, 4, 6, 4, 1.]) / 16
     kernel = torch.outer(row, row).expand(3, 1, 5, 5)
     blur = lambda x: F.conv2d(F.pad(x, (2, 2, 2, 2), mode='reflect'), kernel, groups=3)
@@ -65,9 +66,11 @@ def plain_swd(real, fake, rng):
             for i, band in enumerate(b.numpy() for b in bands):
                 n, side = np.repeat(np.arange(len(batch)), 128), band.shape[-1]
                 y, x = rng.integers(3, side - 3, (2, len(n)))
-                found = band[n[:, None, None, None], np.arange(3)[:, None, None], y[:, None, None, None] + at[:, None], x[:, None, None, None] + at]
+                found = band[n[:, None, None, None], np.arange(3)[:, None, None], y[:, None, None, None] + at[:, None],
+                             x[:, None, None, None] + at]
                 out[i:i + 1] = [np.concatenate([*out[i:i + 1], found])]
-        return [((p - p.mean((0, 2, 3), keepdims=True)) / p.std((0, 2, 3), keepdims=True)).reshape(len(p), -1) for p in out]
+        return [((p - p.mean((0, 2, 3), keepdims=True)) / p.std((0, 2, 3), keepdims=True)).reshape(len(p), -1)
+                for p in out]
 
     a, b = (patches((v + 1) * 127.5) for v in (real, fake))
     for x, y in zip(a, b):
@@ -83,12 +86,15 @@ def images(real, fake):
     unit = (real + 1) / 2, (fake + 1) / 2
     ours, theirs = seconds(lambda: ms_ssim(real, fake)), seconds(lambda: torch_ms_ssim(*unit), 1)
     chunks = list(zip(unit[0].split(8), unit[1].split(8)))[:10]
-    library = seconds(lambda: [multiscale_structural_similarity_index_measure(a, b, data_range=1.) for a, b in chunks], 1) * 2.5
+    library = seconds(lambda: [multiscale_structural_similarity_index_measure(a, b, data_range=1.) for a, b in chunks],
+                      1) * 2.5
     own = seconds(lambda: swd(real, fake))
-    return [Row('ms_ssim', ours, 's', MS_SSIM_TARGET, note), Row('ms_ssim, torch code', theirs / ours, 'x', 1, 'time of separable convolutions over ours', more=True),
+    return [Row('ms_ssim', ours, 's', MS_SSIM_TARGET, note),
+            Row('ms_ssim, torch code', theirs / ours, 'x', 1, 'time of separable convolutions over ours', more=True),
             Row('ms_ssim, torchmetrics', library / ours, 'x', 1, 'its time over ours', more=True),
             Row('swd', own, 's', SWD_TARGET, note),
-            Row('swd, the usual way', seconds(lambda: plain_swd(real, fake, np.random.default_rng(0)), 1) / own, 'x', 2, 'time of the progressive-GAN pipeline, with quicker pyramids than its own, over ours', more=True)]
+            Row('swd, the usual way', seconds(lambda: plain_swd(real, fake, np.random.default_rng(0)), 1) / own, 'x', 2,
+                'time of the progressive-GAN pipeline, with quicker pyramids than its own, over ours', more=True)]
 
 
 def distances(g):
@@ -101,8 +107,10 @@ def distances(g):
     library = seconds(lambda: theirs.append(_compute_fid(m1, c1, m2, c2).item()), 1)
     ours = seconds(lambda: fid(*stats))
     assert abs(fid(*stats) / theirs[0] - 1) < 1e-4
-    return [Row('fid', ours, 's', None, f'{DIM} dimensions, from statistics'), Row('fid, torchmetrics', library / ours, 'x', 2, 'its time over ours', more=True),
-            Row('kid', seconds(lambda: kid(real[:1000], fake[:1000])), 's', KID_TARGET, f'1,000 images, {DIM} dimensions, 100 subsets')]
+    return [Row('fid', ours, 's', None, f'{DIM} dimensions, from statistics'),
+            Row('fid, torchmetrics', library / ours, 'x', 2, 'its time over ours', more=True),
+            Row('kid', seconds(lambda: kid(real[:1000], fake[:1000])), 's', KID_TARGET,
+                f'1,000 images, {DIM} dimensions, 100 subsets')]
 
 
 def memory(n):
@@ -122,4 +130,5 @@ def rows(peak: float) -> list[Row]:
     fake = (real + .1 * torch.randn(real.shape, generator=g)).clamp(-1, 1)
     out = images(real, fake) + distances(g)
     few, many = memory(1024), memory(4096)
-    return [*out, Row('swd memory, 4,096 over 1,024 images', many / few, 'times', 1.1, f'64 px, in a stream; {many / 1e6:.0f} MB')]
+    return [*out, Row('swd memory, 4,096 over 1,024 images', many / few, 'times', 1.1,
+                      f'64 px, in a stream; {many / 1e6:.0f} MB')]

@@ -31,7 +31,8 @@ class Interleave(Callback):
 def bare_loop(data, memory_format):
     "A step as one would write it by hand: network, loss and optimiser, nothing around them"
     net = segmentation_unet(3, 2).to(memory_format=memory_format).train()
-    loss, opt = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True), torch.optim.Adam(net.parameters(), 1e-3)
+    loss, opt = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True,
+                           batch=True), torch.optim.Adam(net.parameters(), 1e-3)
     batches = Batches(data, BATCH, augment=flip_rotate)
 
     def step():
@@ -51,15 +52,18 @@ def interleaved(memory_format):
     data = phantom_data('fundus', 16, SIZE)
     data.masks = (data.masks > 0).astype('uint8')
     clock, init = Interleave(bare_loop(data, memory_format)), Trainer.__init__
-    Trainer.__init__ = lambda self, nets, phases, data, callbacks=(), **kw: init(self, nets, phases, data, [*callbacks, clock], **kw)
+    Trainer.__init__ = lambda self, nets, phases, data, callbacks=(), **kw: init(self, nets, phases, data,
+                                                                                 [*callbacks, clock], **kw)
     Segmenter(SIZE, batch_size=BATCH, steps=STEPS).fit(data, progress=False)
     return min(clock.ours[WARMUP:]), min(clock.theirs[WARMUP:])
 
 
 def rows(peak):
     out = []
-    for name, memory_format, target in (('as written by hand', 'contiguous_format', 1.), ('channels last, too', 'channels_last', 1.05)):
+    for name, memory_format, target in (('as written by hand', 'contiguous_format', 1.),
+                                        ('channels last, too', 'channels_last', 1.05)):
         ours, theirs = alone(interleaved, memory_format)
         out.append(Row(f'segmentation step over a bare loop, {name}', ours / theirs, 'times', target,
-                       f'{SIZE} px, batch {BATCH}: {ours * 1e3:.0f} ms and {theirs * 1e3:.0f} ms, step by step in turn'))
+                       f'{SIZE} px, batch {BATCH}: {ours * 1e3:.0f} ms and {theirs * 1e3:.0f} ms, '
+                       'step by step in turn'))
     return out

@@ -18,8 +18,10 @@ from medsketch.evaluate.distances import Score
 from medsketch.evaluate.features import thumbnails
 from medsketch.evaluate.table import METRICS, Table, baseline_scores, score_images
 
-SMALL = {'ngf': 8, 'ndf': 8, 'batch_size': 4, 'latent_dim': 16, 'fmap_base': 64, 'fmap_max': 16, 'skrgan.receptive_field': 16, 'augment': 'flip'}
-BUDGET = {"steps": 6, "n": 12, "settings": SMALL, "features": 'thumbnails', "metrics": ('swd', 'fid'), "resamples": 4, "progress": False, "say": lambda s: None}
+SMALL = {'ngf': 8, 'ndf': 8, 'batch_size': 4, 'latent_dim': 16, 'fmap_base': 64, 'fmap_max': 16,
+         'skrgan.receptive_field': 16, 'augment': 'flip'}
+BUDGET = {"steps": 6, "n": 12, "settings": SMALL, "features": 'thumbnails', "metrics": ('swd', 'fid'), "resamples": 4,
+          "progress": False, "say": lambda s: None}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -37,20 +39,26 @@ def test_all_systems_of_the_paper_under_one_budget(eyes, tmp_path):
     names = ['skrgan', 'dcgan', 'acgan', 'wgan', 'wgan_gp', 'pggan']
     table = compare(eyes, names, tmp_path, **BUDGET)
     assert list(table.rows) == names
-    assert all(np.isfinite(s.value) and s.n_fake == 12 for runs in table.rows.values() for scores in runs for s in scores)
-    assert {p.name for p in tmp_path.iterdir()} == {'runs', 'baseline.json', 'table.txt', 'table.md', 'table.csv', 'samples.png'}
+    assert all(np.isfinite(s.value) and s.n_fake == 12 for runs in table.rows.values() for scores in runs
+               for s in scores)
+    assert {p.name for p in tmp_path.iterdir()} == {'runs', 'baseline.json', 'table.txt', 'table.md', 'table.csv',
+                                                    'samples.png'}
     assert 'parameters' in (tmp_path / 'table.txt').read_text()
 
 
 def test_the_budget_is_what_the_recipes_train_for(eyes):
-    total = {"skrgan": lambda r: r.growth.steps + r.config['render_steps'] + r.config['joint_steps'], "dcgan": lambda r: r.steps, "pggan": lambda r: r.steps}
+    total = {"skrgan": lambda r: r.growth.steps + r.config['render_steps'] + r.config['joint_steps'],
+             "dcgan": lambda r: r.steps, "pggan": lambda r: r.steps}
     for name, steps in total.items(): assert 90 <= steps(make_recipe(name, eyes, 100, settings=SMALL)) <= 100
 
 
 def test_killed_and_resumed_gives_the_table_of_an_uninterrupted_comparison(tmp_path):
-    code = ("import sys; from medsketch.data import phantom_data; from medsketch.evaluate.compare import compare; from tests.test_compare import BUDGET;"
-            "compare(phantom_data('fundus', 20, 32), ['dcgan', 'wgan'], sys.argv[1], **BUDGET | dict(steps=40, every=5))")
-    start = lambda out: subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(out)], env=os.environ | {"OMP_NUM_THREADS": '1', "PYTHONPATH": os.getcwd()})
+    code = ("import sys; from medsketch.data import phantom_data; from medsketch.evaluate.compare import compare; from "
+            "tests.test_compare import BUDGET;"
+            "compare(phantom_data('fundus', 20, 32), ['dcgan', 'wgan'], sys.argv[1], **BUDGET | dict(steps=40, "
+            "every=5))")
+    start = lambda out: subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(out)],
+                                         env=os.environ | {"OMP_NUM_THREADS": '1', "PYTHONPATH": os.getcwd()})
     victim = start(tmp_path / 'killed')
     deadline = time.monotonic() + 120
     while not list((tmp_path / 'killed').glob('runs/*/gan/checkpoints/*.pt')):
@@ -81,7 +89,8 @@ def test_another_budget_in_the_same_folder_is_refused_and_nothing_is_lost(eyes, 
     compare(eyes, ['dcgan'], tmp_path, **BUDGET)
     before = (tmp_path / 'table.csv').read_bytes()
     with pytest.raises(ValueError, match='another config'): compare(eyes, ['dcgan'], tmp_path, **BUDGET | {"steps": 8})
-    with pytest.raises(ValueError, match='another data'): compare(phantom_data('fundus', 20, 32, seed=1), ['dcgan'], tmp_path, **BUDGET)
+    with pytest.raises(ValueError, match='another data'):
+        compare(phantom_data('fundus', 20, 32, seed=1), ['dcgan'], tmp_path, **BUDGET)
     assert (tmp_path / 'table.csv').read_bytes() == before
 
 
@@ -96,16 +105,23 @@ def test_grey_images_several_contrasts_and_moco(tmp_path):
     brains = phantom_data('brain_mri', 24, 32)
     table = compare(brains, ['dcgan'], tmp_path, **BUDGET | {"features": 'moco', "moco_steps": 3})
     assert 'moco' in table.text().lower() and (tmp_path / 'features/weights.safetensors').exists()
-    with pytest.raises(ValueError, match='channels'): compare(brains, ['dcgan'], tmp_path, **BUDGET | {"reference": phantom_data('fundus', 8, 32)})
+    with pytest.raises(ValueError, match='channels'):
+        compare(brains, ['dcgan'], tmp_path, **BUDGET | {"reference": phantom_data('fundus', 8, 32)})
 
 
 @pytest.mark.parametrize(('change', 'message'), {
-    'unknown recipe': ({"recipes": ['gan']}, 'no recipe is called'), 'no recipe': ({"recipes": []}, 'at least one recipe'), 'no seed': ({"seeds": ()}, 'one seed'),
-    'few samples': ({"n": 3}, 'at least 12'), 'unknown score': ({"metrics": ['beauty']}, 'no score is called'), 'no segmenter': ({"metrics": ['continuity']}, 'segmenter'),
-    'unknown features': ({"features": 'eyes'}, 'no features are called'), 'no steps': ({"steps": 0}, 'at least'), 'argument of nobody': ({"settings": {'dcgan.beauty': 1}}, 'no argument'),
+    'unknown recipe': ({"recipes": ['gan']}, 'no recipe is called'),
+                                                 'no recipe': ({"recipes": []}, 'at least one recipe'),
+                                                 'no seed': ({"seeds": ()}, 'one seed'),
+    'few samples': ({"n": 3}, 'at least 12'), 'unknown score': ({"metrics": ['beauty']}, 'no score is called'),
+                                                 'no segmenter': ({"metrics": ['continuity']}, 'segmenter'),
+    'unknown features': ({"features": 'eyes'}, 'no features are called'), 'no steps': ({"steps": 0}, 'at least'),
+                                                 'argument of nobody': ({"settings": {'dcgan.beauty': 1}},
+                                                                        'no argument'),
 }.values())
 def test_mistakes_are_said_before_anything_is_trained(eyes, tmp_path, change, message):
-    with pytest.raises(ValueError, match=message): compare(**{"data": eyes, "recipes": ['dcgan'], "out": tmp_path} | BUDGET | change)
+    with pytest.raises(ValueError, match=message):
+        compare(**{"data": eyes, "recipes": ['dcgan'], "out": tmp_path} | BUDGET | change)
     assert not (tmp_path / 'runs').exists()
 
 
@@ -131,12 +147,15 @@ def test_a_comparison_knows_recipes_by_their_face(eyes, tmp_path):
     c = compare(eyes, ['some'], tmp_path / 'c', lookup={'some': DCGAN}.__getitem__, **BUDGET)
     first = lambda t, name: [s.value for s in t.rows[name][0]]
     assert first(a, 'dcgan') == first(b, 'dcgan') == first(c, 'some')
-    code = "import sys, medsketch.evaluate.compare; print([m for m in sys.modules if m.startswith('medsketch.recipes')])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    code = ("import sys, medsketch.evaluate.compare; "
+            "print([m for m in sys.modules if m.startswith('medsketch.recipes')])")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          check=True).stdout.strip() == '[]'
 
 
 def test_too_few_images(tmp_path):
-    with pytest.raises(ValueError, match='at least 12'): compare(phantom_data('fundus', 3, 32), ['dcgan'], tmp_path, **BUDGET)
+    with pytest.raises(ValueError, match='at least 12'):
+        compare(phantom_data('fundus', 3, 32), ['dcgan'], tmp_path, **BUDGET)
 
 
 def test_settings_reach_those_who_know_them():
@@ -147,14 +166,17 @@ def score(name='SWD × 10³ ↓', value=1., **kw): return Score(value, name, 'x'
 
 
 def test_best_of_a_line_follows_the_arrow():
-    t = Table({"a": [[score(value=1.), score('MS-SSIM ↑', .1), score('density (1 is best)', 1.)]], "b": [[score(value=2.), score('MS-SSIM ↑', .2), score('density (1 is best)', 3.)]]})
+    t = Table({"a": [[score(value=1.), score('MS-SSIM ↑', .1), score('density (1 is best)', 1.)]],
+               "b": [[score(value=2.), score('MS-SSIM ↑', .2), score('density (1 is best)', 3.)]]})
     assert [t.best(n) for n in t.names] == ['a', 'b', None]
     assert Table({"a": [[score()]], "b": [[score()]]}).best('SWD × 10³ ↓') is None
 
 
 def test_a_line_of_two_extractors_is_an_error():
-    with pytest.raises(ValueError, match='different extractors'): Table({"a": [[score()]], "b": [[Score(1., 'SWD × 10³ ↓', 'y', 10, 10)]]})
-    with pytest.raises(ValueError, match='different versions'): Table({"a": [[score()]], "b": [[score(version='medsketch 0')]]})
+    with pytest.raises(ValueError, match='different extractors'):
+        Table({"a": [[score()]], "b": [[Score(1., 'SWD × 10³ ↓', 'y', 10, 10)]]})
+    with pytest.raises(ValueError, match='different versions'):
+        Table({"a": [[score()]], "b": [[score(version='medsketch 0')]]})
 
 
 def test_a_system_without_a_score_leaves_a_gap():
@@ -165,7 +187,8 @@ def test_a_system_without_a_score_leaves_a_gap():
 
 def test_identical_sets_and_copies(eyes):
     real = eyes.batch(range(20))['image']
-    found = {s.name: s.value for s in score_images(real, real, ('fid', 'copies'), thumbnails(), train=eyes, resamples=0)}
+    found = {s.name: s.value for s in score_images(real, real, ('fid', 'copies'), thumbnails(), train=eyes,
+                                                   resamples=0)}
     assert found['FID ↓'] < 1e-6 and found[METRICS['copies']] == 1.
 
 
@@ -185,7 +208,8 @@ def test_nan_and_mixed_sizes_are_refused(eyes):
     bad[3, 0, 4, 4] = torch.nan
     for m in ('swd', 'ms_ssim', 'fid'):
         with pytest.raises(ValueError, match='NaN'): score_images(real, bad, (m,), thumbnails(), resamples=0)
-        with pytest.raises(ValueError, match='size'): score_images(real, real[..., :16, :16], (m,), thumbnails(4), resamples=0)
+        with pytest.raises(ValueError, match='size'):
+            score_images(real, real[..., :16, :16], (m,), thumbnails(4), resamples=0)
 
 
 def test_the_baseline_of_a_folder_sorted_by_class_has_both_classes(monkeypatch):

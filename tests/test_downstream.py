@@ -1,4 +1,4 @@
-"""Every protocol gets what it should and no more, nobody is on two sides, and a run that was killed ends as if it had not been."""
+"""Every protocol gets what it should and no more, nobody is on two sides, and a killed run ends like any other."""
 import csv
 import io
 import json
@@ -38,12 +38,14 @@ def eyes(n, name, size=16, seed=0, each=1):
     for m in masks: m[:, rng.integers(2, size - 2)] = m[rng.integers(2, size - 2)] = 1
     images = (rng.integers(60, 120, (n, 3, size, size)) + 100 * masks[:, None]).astype(np.uint8)
     names = [f'{name} {i // each}' for i in range(n)]
-    return ImageData(images, masks, paths=[f'{name}/{i}.png' for i in range(n)], subjects=names, classes=('background', 'vessel'))
+    return ImageData(images, masks, paths=[f'{name}/{i}.png' for i in range(n)], subjects=names,
+                     classes=('background', 'vessel'))
 
 
 class Drawer:
     "A recipe without networks; `calls` are the sizes of what it was asked for"
-    def __init__(self, size=16, seed=0, key='mask', level=0.): self.size, self.seed, self.key, self.level, self.calls = size, seed, key, level, []
+    def __init__(self, size=16, seed=0, key='mask', level=0.):
+        self.size, self.seed, self.key, self.level, self.calls = size, seed, key, level, []
     def sample(self, n, seed=0):
         self.calls.append(n)
         eye = [eyes(1, f'drawn {i}', self.size, self.seed * 1000 + seed).batch([0]) for i in range(n)]
@@ -89,7 +91,8 @@ def test_pairs_are_bytes_drawn_a_few_at_a_time_and_nobodys_twice():
 def test_a_sketch_becomes_a_label_at_the_threshold():
     mask, sketch = synthetic_pairs(Drawer(), 4), synthetic_pairs(Drawer(key='sketch'), 4, threshold=.7)
     assert np.array_equal(mask.masks, sketch.masks) and sketch.masks.max() == 1
-    with pytest.raises(ValueError, match='all 4 masks are empty.*0.8'): synthetic_pairs(Drawer(key='sketch'), 4, threshold=.8)
+    with pytest.raises(ValueError, match='all 4 masks are empty.*0.8'):
+        synthetic_pairs(Drawer(key='sketch'), 4, threshold=.8)
     with pytest.raises(ValueError, match='in between'): synthetic_pairs(Drawer(), 4, threshold=0)
 
 
@@ -152,9 +155,11 @@ def test_a_mixture_copies_no_pixels():
 def test_nobody_is_on_two_sides(sets, recorder):
     real, fake, test = sets
     check_sides(test, real=real, synthetic=fake)
-    with pytest.raises(ValueError, match='1 subjects are in both real and test, e.g. test 2.*split_by_subject'): downstream(test.subset([2]), fake, test.subset([1, 2]))
+    with pytest.raises(ValueError, match='1 subjects are in both real and test, e.g. test 2.*split_by_subject'):
+        downstream(test.subset([2]), fake, test.subset([1, 2]))
     copied = ImageData(np.concatenate([fake.images, test.images[1:2]]), np.concatenate([fake.masks, test.masks[1:2]]))
-    with pytest.raises(ValueError, match='1 pictures are in both synthetic and test.*image 6 and test/1.png'): downstream(real, copied, test)
+    with pytest.raises(ValueError, match='1 pictures are in both synthetic and test.*image 6 and test/1.png'):
+        downstream(real, copied, test)
     unnamed = [ImageData(d.images, d.masks) for d in (real, test)]
     with pytest.raises(ValueError, match='need subjects='): downstream(unnamed[0], fake, unnamed[1])
     drawer = Drawer()
@@ -164,24 +169,33 @@ def test_nobody_is_on_two_sides(sets, recorder):
 
 def test_sets_that_cannot_be_used_are_refused(sets):
     real, fake, test = sets
-    for change, says in [({'real': ImageData(real.images)}, 'real has no masks'), ({'real': ImageData(real.images, real.masks * 0)}, 'masks of real are empty'),
-                         ({'test': ImageData(test.images, test.masks * 0)}, 'masks of test are empty'), ({'synthetic': eyes(2, 'x', 32)}, 'synthetic is 32 px'),
-                         ({'synthetic': None}, 'need synthetic'), ({'real': 'folder'}, 'real is str'), ({'test': 'folder'}, 'test is str'), ({'test': test.subset([])}, 'test holds no images')]:
-        with pytest.raises(ValueError, match=says): downstream(**({'real': real, 'synthetic': fake, 'test': test} | change))
-    for plan, says in [({'seeds': ()}, 'nothing to train'), ({'protocols': ()}, 'nothing to train'), ({'seeds': (1, 1)}, 'named twice'), ({'steps': 1}, 'at least 2'),
-                       ({'share': 1.}, 'between 0 and 1'), ({'segmenter': {'seed': 3}}, 'seeds='), ({'protocols': ('reel',)}, 'there are: real'),
+    for change, says in [({'real': ImageData(real.images)}, 'real has no masks'),
+                         ({'real': ImageData(real.images, real.masks * 0)}, 'masks of real are empty'),
+                         ({'test': ImageData(test.images, test.masks * 0)}, 'masks of test are empty'),
+                         ({'synthetic': eyes(2, 'x', 32)}, 'synthetic is 32 px'),
+                         ({'synthetic': None}, 'need synthetic'), ({'real': 'folder'}, 'real is str'),
+                         ({'test': 'folder'}, 'test is str'), ({'test': test.subset([])}, 'test holds no images')]:
+        with pytest.raises(ValueError, match=says):
+            downstream(**({'real': real, 'synthetic': fake, 'test': test} | change))
+    for plan, says in [({'seeds': ()}, 'nothing to train'), ({'protocols': ()}, 'nothing to train'),
+                       ({'seeds': (1, 1)}, 'named twice'), ({'steps': 1}, 'at least 2'),
+                       ({'share': 1.}, 'between 0 and 1'), ({'segmenter': {'seed': 3}}, 'seeds='),
+                       ({'protocols': ('reel',)}, 'there are: real'),
                        ({'inside': 'circle'}, "'auto'"), ({'inside': torch.ones(1, 16, 16)}, 'inside is')]:
         with pytest.raises(ValueError, match=says): downstream(real, fake, test, **plan)
 
 
 def test_each_protocol_learns_from_what_it_says(sets, recorder):
     real, fake, test = sets
-    r = downstream(real, fake, test, protocols=tuple(PROTOCOLS), seeds=(5, 7), steps=10, share=.3, segmenter={'width': 3})
-    assert [c['seed'] for c, _ in recorder.seen] == [5] * 5 + [7] * 5 and all(c['width'] == 3 and c['size'] == 16 for c, _ in recorder.seen)
+    r = downstream(real, fake, test, protocols=tuple(PROTOCOLS), seeds=(5, 7), steps=10, share=.3,
+                   segmenter={'width': 3})
+    assert [c['seed'] for c, _ in recorder.seen] == [5] * 5 + [7] * 5 and all(c['width'] == 3 and c['size'] == 16 for c,
+                                                                              _ in recorder.seen)
     trained = dict(zip(PROTOCOLS, (t for _, t in recorder.seen)))
     what = lambda d: 'real' if d is real else 'synthetic' if d is fake else 'mixed'
     assert {p: [(what(d), n) for d, n in t] for p, t in trained.items()} == {
-        'real': [('real', 10)], 'synthetic': [('synthetic', 10)], 'pretrain': [('synthetic', 3), ('real', 7)], 'mixed': [('mixed', 10)],
+        'real': [('real', 10)], 'synthetic': [('synthetic', 10)], 'pretrain': [('synthetic', 3), ('real', 7)],
+                                                                             'mixed': [('mixed', 10)],
         'pretrain_added': [('synthetic', 3), ('real', 10)]}
     assert r.counts == {'real': 3, 'synthetic': 6, 'test': 4} and r.seeds == [5, 7]
     assert 'trained for longer' in r.table()
@@ -199,9 +213,13 @@ def test_undefined_scores_are_null_on_disk_and_nan_in_the_table(sets, recorder, 
     real, _, test = sets
     r = downstream(real, None, test, ('real',), (0, 1), out=tmp_path, shown=['precision', 'f1'])
     strict = lambda p: json.loads(p.read_text(), parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
-    assert strict(tmp_path / 'real/seed-0/result.json')['scores']['precision'] is None and strict(tmp_path / 'downstream.json')
+    assert strict(tmp_path / 'real/seed-0/result.json')[
+            'scores']['precision'] is None and strict(tmp_path / 'downstream.json')
     again = Downstream.load(tmp_path)
-    assert again.scores['real']['precision'][1] is None and math.isnan(again.values('real', 'precision')[1]) and again.scores['real']['f1'] == [0., 0.]
+    assert again.scores[
+            'real']['precision'][
+                    1] is None and math.isnan(again.values('real',
+                                                           'precision')[1]) and again.scores['real']['f1'] == [0., 0.]
     assert 'nan' in r.table() and again.table() == r.table()
     with pytest.raises(ValueError, match='no finished result'): Downstream.load(tmp_path / 'real')
 
@@ -210,14 +228,18 @@ def test_finished_trainings_are_reused_only_if_everything_agrees(sets, tmp_path,
     real, fake, test = sets
     plan = {'seeds': (0,), 'out': tmp_path, 'steps': 2, 'segmenter': TINY}
     first = downstream(real, fake, test, ('real', 'pretrain', 'mixed'), **plan)
-    for change, says in [({'steps': 4}, 'another steps'), ({'segmenter': TINY | {'lr': .5}}, 'another segmenter'), ({'share': .4}, 'another'), ({'inside': None}, 'another field')]:
-        with pytest.raises(ValueError, match=says): downstream(real, fake, test, ('pretrain', 'mixed'), **(plan | change))
-    relabelled = ImageData(test.images, np.roll(test.masks, 1, 1), paths=test.paths, subjects=test.subjects, classes=test.classes)
+    for change, says in [({'steps': 4}, 'another steps'), ({'segmenter': TINY | {'lr': .5}}, 'another segmenter'),
+                         ({'share': .4}, 'another'), ({'inside': None}, 'another field')]:
+        with pytest.raises(ValueError, match=says):
+            downstream(real, fake, test, ('pretrain', 'mixed'), **(plan | change))
+    relabelled = ImageData(test.images, np.roll(test.masks, 1, 1), paths=test.paths, subjects=test.subjects,
+                           classes=test.classes)
     with pytest.raises(ValueError, match='another data'): downstream(real, fake, relabelled, ('real',), **plan)
     with pytest.raises(ValueError, match='another data'): downstream(real, eyes(6, 'other'), test, ('mixed',), **plan)
     monkeypatch.setattr(module, 'Segmenter', lambda **k: pytest.fail('it was trained already'))
     assert downstream(real, fake, test, ('real', 'pretrain', 'mixed'), **plan).scores == first.scores
-    assert downstream(real, eyes(6, 'other'), test, ('real',), **plan).scores['real'] == first.scores['real'], 'real does not look at the synthetic images'
+    assert downstream(real, eyes(6, 'other'), test, ('real',),
+                      **plan).scores['real'] == first.scores['real'], 'real does not look at the synthetic images'
     assert Segmenter.load(tmp_path / 'real/seed-0/segmenter.safetensors').config['width'] == 4
 
 
@@ -238,7 +260,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(sets, tmp_path, monkeypa
             downstream(real, fake, test, out=tmp_path / 'killed', **plan)
         return run
     for source, at in (('real/seed-0/0-real', 5), ('0-synthetic', 3), ('1-real', 3)): killed(dies(source, at))
-    assert (tmp_path / 'killed/real/seed-0/result.json').exists() and not (tmp_path / 'killed/pretrain/seed-0/result.json').exists()
+    assert (tmp_path / 'killed/real/seed-0/result.json').exists(
+            ) and not (tmp_path / 'killed/pretrain/seed-0/result.json').exists()
     assert downstream(real, fake, test, out=tmp_path / 'killed', **plan).scores == whole.scores
 
 
@@ -264,18 +287,23 @@ def test_students_interval():
 
 def made_up(**more):
     score = lambda *v: {'sensitivity': list(v), 'accuracy': [.9] * len(v), 'auc': [.8] * len(v), 'f1': list(v)}
-    return Downstream({'real': score(.5, .6, .7), 'pretrain': score(.6, .7, .8)}, [0, 1, 2], {'real': [('real', 9)], 'pretrain': [('synthetic', 4), ('real', 5)]},
+    return Downstream({'real': score(.5, .6, .7), 'pretrain': score(.6, .7, .8)}, [0, 1, 2],
+                      {'real': [('real', 9)], 'pretrain': [('synthetic', 4), ('real', 5)]},
                       {'real': 1, 'synthetic': 2, 'test': 3}, {'field': None}, **more)
 
 
 def test_the_table_says_spread_differences_budget_and_what_the_paper_says():
     r = made_up(paper={'real': {'sensitivity': .7781}})
     text = r.table()
-    for part in ('0.6000 ± 0.1000', '+0.1000 [+0.1000, +0.1000]', '4 synthetic + 5 real', '0.7781', '3 seeds (0, 1, 2)', 'the whole image', 'without a spread'): assert part in text
+    for part in ('0.6000 ± 0.1000', '+0.1000 [+0.1000, +0.1000]', '4 synthetic + 5 real', '0.7781', '3 seeds (0, 1, 2)',
+                 'the whole image', 'without a spread'):
+        assert part in text
     rows = [line for line in r.table('markdown').splitlines() if line.startswith('|')]
     assert len({line.count('|') for line in rows}) == 1 and len(rows) == 6
     lines = list(csv.DictReader(io.StringIO(r.table('csv'))))
-    assert len(lines) == 8 and float(next(x for x in lines if (x['protocol'], x['score']) == ('pretrain', 'f1'))['difference']) == pytest.approx(.1)
+    assert len(lines) == 8 and float(next(x for x in lines
+                                          if (x['protocol'], x['score']) == ('pretrain',
+                                                                             'f1'))['difference']) == pytest.approx(.1)
     with pytest.raises(ValueError, match='markdown'): r.table('latex')
 
 
@@ -302,8 +330,12 @@ def test_the_two_papers_tables(sets, recorder, tmp_path):
     for part in ('sensitivity', 'paper: pretrain', '0.8464', '0.9705'): assert part in two.table()
     one = dualgan_f1(Drawer(key='sketch', level=-.3), real, test, n=20, seeds=(0, 1), out=tmp_path / 'dual')
     header, *lines = one.table().splitlines()
-    assert header.split()[:2] == ['synthetic', '-'] and any(line.startswith('F1') and '0.8877' in line for line in lines)
-    assert any(line.startswith('KL grey levels') for line in lines) and np.mean(one.divergence['KL grey levels']['synthetic']) > np.mean(one.divergence['KL grey levels']['real'])
+    assert header.split()[:2] == ['synthetic', '-'] and any(line.startswith('F1') and '0.8877' in line
+                                                            for line in lines)
+    assert any(line.startswith('KL grey levels')
+               for line in lines) and np.mean(
+                       one.divergence[
+                               'KL grey levels']['synthetic']) > np.mean(one.divergence['KL grey levels']['real'])
     assert {p.name for p in tmp_path.glob('*.*')} == {f'skrgan_table2.{e}' for e in ('json', 'txt', 'md', 'csv')}
     assert Downstream.load(tmp_path / 'dual', 'dualgan_f1').table() == one.table()
     with pytest.raises(ValueError, match='both real and test'): dualgan_f1(Drawer(), test, test, n=2)

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from medsketch.core import from_uint8, to_uint8
 from medsketch.data import phantom_data
 from medsketch.evaluate import metrics
+from medsketch.evaluate.distances import bootstrap
 from medsketch.evaluate.metrics import (
+    SwdRows,
     cut_patches,
     laplacian_pyramid,
     ms_ssim,
@@ -21,6 +24,7 @@ from medsketch.evaluate.metrics import (
     standardise,
     swd,
 )
+from medsketch.evaluate.table import score_images
 
 REFS = Path(__file__).parent / 'refs'
 
@@ -40,7 +44,8 @@ def sref(): return load('swd')
 def batch(a): return from_uint8(a.transpose(0, 2, 3, 1))
 
 
-def noise(n=6, c=3, size=32, seed=0): return torch.rand(n, c, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def noise(n=6, c=3, size=32, seed=0):
+    return torch.rand(n, c, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 # ---- MS-SSIM ---------------------------------------------------------------------------------
@@ -88,7 +93,8 @@ def test_pairs_are_looked_at_one_by_one(monkeypatch):
 @pytest.mark.parametrize('size, scales', [(16, 1), (32, 2), (64, 3), (128, 4)])
 def test_small_images_use_fewer_scales_and_say_so(size, scales):
     x = noise(2, 1, size)
-    with pytest.warns(UserWarning, match=f'{scales} of its 5 scales') as w: assert ms_ssim(x, x) == pytest.approx(1, abs=1e-5)
+    with pytest.warns(UserWarning, match=f'{scales} of its 5 scales') as w:
+        assert ms_ssim(x, x) == pytest.approx(1, abs=1e-5)
     assert w[0].filename == __file__   # the warning points at the caller
     with pytest.raises(ValueError, match='at least 16 px'): ms_ssim(x[..., :8], x[..., :8])
 
@@ -107,7 +113,8 @@ def test_pairs_and_sets():
         warnings.simplefilter('ignore')
         assert ms_ssim_pairs(same, 7) == pytest.approx(1, abs=1e-5)
         assert ms_ssim_pairs(x, 50) < .5   # never an image with itself
-        assert ms_ssim_sets(x, x[:3], 8, seed=1) == ms_ssim_sets(x, x[:3], 8, seed=1) != ms_ssim_sets(x, x[:3], 8, seed=2)
+        assert ms_ssim_sets(x, x[:3], 8, seed=1) == ms_ssim_sets(x, x[:3], 8, seed=1) != ms_ssim_sets(x, x[:3], 8,
+                                                                                                      seed=2)
         assert ms_ssim_sets(same, same[:2], 9) == pytest.approx(1, abs=1e-5)
 
 
@@ -126,15 +133,18 @@ def test_pyramid_and_patches(sref):
     for n in range(2):
         levels = laplacian_pyramid(sref['pyr_in'][n].transpose(1, 2, 0))
         assert [v.shape for v in levels] == [(64, 64, 3), (32, 32, 3), (16, 16, 3)]
-        for i, v in enumerate(levels): np.testing.assert_allclose(v.transpose(2, 0, 1), sref[f'pyr{i}'][n], rtol=1e-4, atol=1e-3)
+        for i, v in enumerate(levels):
+            np.testing.assert_allclose(v.transpose(2, 0, 1), sref[f'pyr{i}'][n], rtol=1e-4, atol=1e-3)
         here = slice(8*n, 8*n + 8)
         patches = cut_patches(levels[0], sref['desc_y'][here], sref['desc_x'][here])
-        np.testing.assert_allclose(patches.transpose(0, 1, 3, 2), sref['desc'][here], rtol=1e-4, atol=1e-3)  # the reference stores columns first
+        # the reference stores columns first
+        np.testing.assert_allclose(patches.transpose(0, 1, 3, 2), sref['desc'][here], rtol=1e-4, atol=1e-3)
 
 
 def test_sliced_distance(sref):
     a, b = standardise(sref['patches_a']), standardise(sref['patches_b'])
-    assert sliced_distance(a, b, np.random.RandomState(3), repeats=1) == pytest.approx(sref['swd_first_repeat'], rel=1e-4)
+    assert sliced_distance(a, b, np.random.RandomState(3), repeats=1) == pytest.approx(sref['swd_first_repeat'],
+                                                                                       rel=1e-4)
     assert sliced_distance(a, b, np.random.RandomState(3)) == pytest.approx(sref['swd_given_dirs'], rel=1e-4)
 
 
@@ -142,7 +152,8 @@ def test_sliced_distance(sref):
 def test_whole_metric(sref, seed):
     got = swd(batch(sref['real']), batch(sref['fake']), seed)
     assert list(got) == ['64', '32', '16', 'mean']
-    assert (np.abs(np.array(list(got.values())) - sref['seeds_mean']) < 4 * sref['seeds_std']).all(), (got, sref['seeds_mean'])
+    assert (np.abs(np.array(
+            list(got.values())) - sref['seeds_mean']) < 4 * sref['seeds_std']).all(), (got, sref['seeds_mean'])
 
 
 def test_floor(sref):
@@ -236,6 +247,50 @@ def test_bad_streams(call, words):
     with warnings.catch_warnings(), pytest.raises(ValueError, match=words):
         warnings.simplefilter('ignore')
         call(noise(6, 3, 32))
+
+
+def smooth(n, c=1, seed=0):
+    "Images with blobs of random strength: sets of them differ, and images do"
+    g = torch.Generator().manual_seed(seed)
+    x = F.interpolate(torch.randn(n, c, 8, 8, generator=g), (32, 32), mode='bicubic')
+    return (x * torch.rand(n, 1, 1, 1, generator=g)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_rows_of_swd_are_swd(channels):
+    "With all directions and patches, and standardised after the projection, it is the same distance"
+    a, b = smooth(24, channels), smooth(24, channels, 1) * .7
+    whole, rows = swd(a, b)['mean'], SwdRows(a, b, directions=512, each=128)
+    everything = torch.arange(24)
+    assert rows(everything, everything) == pytest.approx(whole, rel=.05)
+    half = torch.arange(0, 24, 2)
+    assert rows(half, half) == pytest.approx(swd(a[half], b[half])['mean'], rel=.25)
+    assert rows(half, half) == rows(half, half) and rows(half.flip(0), half) == pytest.approx(rows(half, half))
+
+
+def test_intervals_of_pixel_scores_are_those_of_scoring_every_half_anew():
+    a, b = smooth(24), smooth(24, seed=1) * .7
+    rows = torch.arange(24)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for metric, score in (('swd', lambda x, y: swd(x, y)['mean']), ('ms_ssim', ms_ssim_sets)):
+            [got] = score_images(a, b, (metric,), resamples=60)
+            low, high = bootstrap(lambda i, j: score(a[i], b[j]), rows, rows, resamples=60)
+            assert got.value == pytest.approx(score(a, b)) and got.low < got.value < got.high
+            assert .6 < (got.high - got.low) / (high - low) < 1.6
+
+
+def test_no_image_is_read_again_for_a_resample(monkeypatch):
+    read, batches = [], metrics.image_batches
+    monkeypatch.setattr(metrics, 'image_batches', lambda *a, **k: read.append(1) or batches(*a, **k))
+    counts = []
+    for resamples in (2, 40):
+        read.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            score_images(smooth(8), smooth(8, seed=1), ('swd', 'ms_ssim', 'diversity'), resamples=resamples)
+        counts.append(len(read))
+    assert counts[0] == counts[1]
 
 
 def test_memory_of_swd_has_a_limit():

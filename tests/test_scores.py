@@ -64,7 +64,8 @@ def pair(ref): return torch.from_numpy(ref['f1']), torch.from_numpy(ref['f2'])
 def points(n, d=16, seed=0, shift=0.): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
 
 
-def pictures(n=8, c=3, size=16, seed=0): return torch.rand(n, c, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def pictures(n=8, c=3, size=16, seed=0):
+    return torch.rand(n, c, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 # ---- FID -------------------------------------------------------------------------------------
@@ -116,11 +117,15 @@ def test_statistics_keep_their_digits():
 
 def test_fid_refusals():
     x = points(10)
-    for args, says in (((x[:1], x), 'real has 1 images; at least 2'), ((x, x[:, :3]), 'one extractor'), ((x.where(x < 1, float('nan')), x), 'NaN'),
-                       ((x[None], x), r'floats \(N, d\)'), ((FeatureStats().add(x[:1]), x), 'at least 2'), ((x, FeatureStats()), 'are none')):
+    for args, says in (((x[:1], x), 'real has 1 images; at least 2'), ((x, x[:, :3]), 'one extractor'),
+                       ((x.where(x < 1, float('nan')), x), 'NaN'),
+                       ((x[None], x), r'floats \(N, d\)'), ((FeatureStats().add(x[:1]), x), 'at least 2'),
+                       ((x, FeatureStats()), 'are none')):
         with pytest.raises(ValueError, match=says): fid(*args)
-    with pytest.raises(ValueError, match='different extractors'): fid(FeatureStats('a').add(x), FeatureStats('b').add(x))
-    with pytest.raises(ValueError, match='cannot be labelled'): fid_score(FeatureStats().add(x), FeatureStats('b').add(x))
+    with pytest.raises(ValueError, match='different extractors'):
+        fid(FeatureStats('a').add(x), FeatureStats('b').add(x))
+    with pytest.raises(ValueError, match='cannot be labelled'):
+        fid_score(FeatureStats().add(x), FeatureStats('b').add(x))
 
 
 # ---- KID -------------------------------------------------------------------------------------
@@ -242,13 +247,17 @@ def test_scores_name_what_they_are():
     scores = feature_scores(pictures(20), pictures(24, seed=1), small, resamples=20)
     assert [s.name.split(' (')[0] for s in scores] == ['FID', 'KID × 100', 'precision', 'recall', 'density', 'coverage']
     for s in scores:
-        assert (s.extractor, s.n_real, s.n_fake) == (f"{small.name} on {pictures(1).shape[-1]} px", 20, 24) and s.low <= s.value <= s.high
+        assert (s.extractor, s.n_real, s.n_fake) == (f"{small.name} on {pictures(1).shape[-1]} px", 20,
+                                                     24) and s.low <= s.value <= s.high
         assert 'medsketch' in s.version and small.name in str(s) and '20 real' in str(s)
     assert 'subsets of 10' in scores[1].note and scores[1].sd > 0
     assert all(0 <= s.low and s.high <= 1 for s in scores if s.name.startswith(('precision', 'recall', 'coverage')))
     bare = feature_scores(pictures(20), pictures(24, seed=1), small, resamples=0)
-    assert [s.value for s in bare] == pytest.approx([s.value for s in scores]) and math.isnan(bare[0].low) and '[' not in bare[0].text
-    with pytest.raises(ValueError, match='fake has 10 images; at least 12'): feature_scores(pictures(20), pictures(10), small)
+    assert [s.value for s in bare] == pytest.approx([s.value
+                                                     for s in scores]) and math.isnan(
+                                                             bare[0].low) and '[' not in bare[0].text
+    with pytest.raises(ValueError, match='fake has 10 images; at least 12'):
+        feature_scores(pictures(20), pictures(10), small)
 
 
 def test_scores_of_identical_sets():
@@ -260,9 +269,11 @@ def test_scores_of_identical_sets():
 def test_a_table_never_mixes_extractors_or_versions():
     score = lambda **k: Score(**({'value': 1., 'name': 'FID', 'extractor': 'A 1.0', 'n_real': 9, 'n_fake': 9} | k))
     text = score_table({'one': [score(), score(name='KID')], 'two': [score(value=2.5)]})
-    assert 'A 1.0' in text and '9 real, 9 synthetic' in text and '2.5' in text and text.splitlines()[0].split() == ['FID', 'KID']
+    assert 'A 1.0' in text and '9 real, 9 synthetic' in text and '2.5' in text and text.splitlines(
+            )[0].split() == ['FID', 'KID']
     for odd in ({'extractor': 'B'}, {'extractor': 'A 1.1'}, {'version': 'medsketch 0.0.0'}):
-        with pytest.raises(ValueError, match='do not belong in one column'): score_table({'one': [score()], 'two': [score(**odd)]})
+        with pytest.raises(ValueError, match='do not belong in one column'):
+            score_table({'one': [score()], 'two': [score(**odd)]})
     assert '(n = 9, 8)' in score_table({'one': [score()], 'two': [score(n_fake=8)]})   # legal, and visible
 
 
@@ -271,7 +282,8 @@ def test_a_table_never_mixes_extractors_or_versions():
 def test_any_source_gives_the_same_features():
     data = phantom_data('fundus', 10, 32)
     x, small = data.batch(range(10))['image'], thumbnails(4, chunk=3)
-    for source in (data, [x[:7], x[7:]], [{'image': x}], (part for part in x.split(4))): assert torch.equal(small(source), small(x))
+    for source in (data, [x[:7], x[7:]], [{'image': x}], (part for part in x.split(4))):
+        assert torch.equal(small(source), small(x))
     assert small(x).shape == (10, 48) and small(x).dtype == torch.float32
 
 
@@ -295,7 +307,8 @@ def test_images_are_let_go_of():
 
 def test_refusals_of_images():
     x, small = pictures(), thumbnails(2)
-    for bad, says in (([x, x[..., :8, :8]], 'one set holds'), ([x, x[:, :1]], 'number of channels'), (x * 200, 'run from -1 to 1'), ([], 'no images'),
+    for bad, says in (([x, x[..., :8, :8]], 'one set holds'), ([x, x[:, :1]], 'number of channels'),
+                      (x * 200, 'run from -1 to 1'), ([], 'no images'),
                       (x.where(x < .9, float('nan')), 'NaN'), (x[:0], 'at least 1')):
         with pytest.raises(ValueError, match=says): small(bad)
     with pytest.raises(ValueError, match='not finite'): Extractor(lambda v: v.flatten(1) / 0, 'broken', device='cpu')(x)
@@ -331,7 +344,8 @@ def fidelity(tmp_path, monkeypatch):
     (package / '__init__.py').write_text('')
     (package / 'feature_extractor_inceptionv3.py').write_text(FAKE_FIDELITY)
     (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: torch-fidelity\nVersion: 9.8\n')
-    for name in ('torch_fidelity', 'torch_fidelity.feature_extractor_inceptionv3'): monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ('torch_fidelity', 'torch_fidelity.feature_extractor_inceptionv3'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     yield tmp_path
@@ -353,7 +367,8 @@ def test_inception_gets_8_bit_rgb_and_a_full_name(fidelity, monkeypatch):
 def test_inception_offline_says_what_to_fetch_and_where_to_put_it(fidelity):
     with pytest.raises(RuntimeError, match='could not be downloaded') as e: inception()
     where = fidelity / 'hub/checkpoints/weights-inception-2015-12-05-6726825d.pth'
-    assert 'fetch http' in str(e.value) and str(where) in str(e.value) and 'train_moco' in str(e.value) and '\n' not in str(e.value)
+    assert 'fetch http' in str(
+            e.value) and str(where) in str(e.value) and 'train_moco' in str(e.value) and '\n' not in str(e.value)
     torch.save({'scale': torch.tensor(1.)}, where)                      # done as told
     assert inception(device='cpu')(pictures(2)).shape == (2, 3)
     with pytest.raises(RuntimeError, match='nowhere.pth does not exist: fetch http'): inception('nowhere.pth')
@@ -439,15 +454,18 @@ def test_moco_refusals(tmp_path):
 
 def test_segmentation_scores_by_counting():
     g = torch.Generator().manual_seed(0)
-    prob, mask, field = torch.rand(3, 16, 16, generator=g), torch.randint(2, (3, 16, 16), generator=g), torch.rand(3, 16, 16, generator=g) > .3
+    prob, mask, field = torch.rand(
+            3, 16, 16, generator=g), torch.randint(2, (3, 16, 16), generator=g), torch.rand(3, 16, 16, generator=g) > .3
     got = segmentation_scores(prob, mask, field)
     for i in range(3):
         p, t = prob[i][field[i]].numpy(), mask[i][field[i]].numpy().astype(bool)
         on = p > .5
         tp, fp, fn, tn = (on & t).sum(), (on & ~t).sum(), (~on & t).sum(), (~on & ~t).sum()
         auc = (p[t][:, None] > p[~t][None]).mean()
-        want = {'sensitivity': tp / (tp + fn), 'specificity': tn / (tn + fp), 'accuracy': (tp + tn) / len(t), 'precision': tp / (tp + fp),
-                    'f1': 2 * tp / (2 * tp + fp + fn), 'dice': 2 * tp / (2 * tp + fp + fn), 'iou': tp / (tp + fp + fn), 'auc': auc}
+        want = {'sensitivity': tp / (tp + fn), 'specificity': tn / (tn + fp), 'accuracy': (tp + tn) / len(t),
+                'precision': tp / (tp + fp),
+                    'f1': 2 * tp / (2 * tp + fp + fn), 'dice': 2 * tp / (2 * tp + fp + fn), 'iou': tp / (tp + fp + fn),
+                'auc': auc}
         assert {k: v[i].item() for k, v in got.items()} == pytest.approx(want, rel=1e-4)
 
 
@@ -473,14 +491,18 @@ def test_empty_and_full_masks_have_defined_scores():
     zero, one = torch.zeros(1, 4, 4), torch.ones(1, 4, 4)
     got = segmentation_scores(torch.cat([zero, one, zero, one]), torch.cat([zero, zero, one, one]).long())
     assert got['dice'].tolist() == [1, 0, 0, 1] == got['iou'].tolist() and got['accuracy'].tolist() == [1, 0, 0, 1]
-    assert got['sensitivity'].isnan().tolist() == [True, True, False, False] and got['specificity'].isnan().tolist() == [False, False, True, True]
+    assert got['sensitivity'].isnan().tolist() == [True, True, False,
+                                                   False] and got['specificity'].isnan().tolist() == [False, False,
+                                                                                                      True, True]
     assert got['auc'].isnan().all() and got['precision'].isnan().tolist() == [True, False, True, False]
 
 
 def test_segmentation_refusals():
     p, t = torch.rand(2, 4, 4), torch.randint(2, (2, 4, 4))
-    for args, says in (((p * 9, t), 'from 0 to 1'), ((p, t * 2 + 1), '0 and 1'), ((p, t.float()), '0 and 1'), ((p, t[:1]), r'mask is \(1'), ((p[:0], t[:0]), 'no segm'),
-                       ((p * float('nan'), t), 'NaN'), ((p, t, t * 0), 'field of view of an image is empty'), ((p, t, t[:1]), 'field is'), ((p[0], t[0]), 'pass probabilities')):
+    for args, says in (((p * 9, t), 'from 0 to 1'), ((p, t * 2 + 1), '0 and 1'), ((p, t.float()), '0 and 1'),
+                       ((p, t[:1]), r'mask is \(1'), ((p[:0], t[:0]), 'no segm'),
+                       ((p * float('nan'), t), 'NaN'), ((p, t, t * 0), 'field of view of an image is empty'),
+                       ((p, t, t[:1]), 'field is'), ((p[0], t[0]), 'pass probabilities')):
         with pytest.raises(ValueError, match=says): segmentation_scores(*args)
 
 
@@ -515,7 +537,8 @@ def test_dists_parity(monkeypatch):
     from torchmetrics.functional.image import dists as module
     ref = load('dists')
     fake_vgg = lambda weights: SimpleNamespace(features=nn.Sequential(*[nn.Identity() for _ in range(31)]))
-    for name, value in {'_TORCHVISION_AVAILABLE': True, 'vgg16': fake_vgg, 'VGG16_Weights': SimpleNamespace(DEFAULT=None)}.items():
+    for name, value in {'_TORCHVISION_AVAILABLE': True, 'vgg16': fake_vgg,
+                        'VGG16_Weights': SimpleNamespace(DEFAULT=None)}.items():
         monkeypatch.setattr(module, name, value, raising=False)
     seen = []
 

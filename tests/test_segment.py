@@ -36,7 +36,8 @@ TINY = {'width': 4, 'batch_size': 2, 'lr': 5e-3}
 def stripes(n=6, size=32, channels=3, subjects=None, seed=0):
     "Bright bars on dark noise: easy to segment"
     rng = np.random.default_rng(seed)
-    images, masks = rng.integers(40, 90, (n, channels, size, size)).astype(np.uint8), np.zeros((n, size, size), np.uint8)
+    images, masks = rng.integers(40, 90, (n, channels, size, size)).astype(np.uint8), np.zeros((n, size, size),
+                                                                                               np.uint8)
     for i in range(n):
         y, x = rng.integers(2, size - 8, 2)
         masks[i, y:y + 6], masks[i, :, x:x + 4] = 1, 1
@@ -107,7 +108,8 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, monkeypatch, patch):
         with pytest.raises(KeyboardInterrupt): s.fit(stripes(), tmp_path / 'a', every=2, progress=False)
     again = make().fit(stripes(), tmp_path / 'a', every=2, progress=False)
     assert torch.equal(weights(again), weights(whole))
-    assert torch.equal(weights(s.fit(stripes(), tmp_path / 'a', every=2, progress=False)), weights(whole))   # the interrupted object itself
+    # the interrupted object itself
+    assert torch.equal(weights(s.fit(stripes(), tmp_path / 'a', every=2, progress=False)), weights(whole))
     assert torch.equal(weights(Segmenter.load(tmp_path / 'a')), weights(whole))
 
 
@@ -118,7 +120,8 @@ def test_fine_tuning_goes_on_from_the_present_weights(tmp_path):
     tuned = weights(s.fit(second, tmp_path / 'b', steps=1, progress=False))
     assert not torch.equal(tuned, learned)
     assert (tuned - learned).abs().max() < (weights(quiet()) - learned).abs().max()
-    again = quiet().fit(first, tmp_path / 'a', progress=False).fit(second, tmp_path / 'b', steps=1, progress=False)   # all of it found on disk
+    # all of it found on disk
+    again = quiet().fit(first, tmp_path / 'a', progress=False).fit(second, tmp_path / 'b', steps=1, progress=False)
     assert torch.equal(weights(again), tuned)
     with pytest.raises(ValueError, match='start'): quiet(seed=0).fit(second, tmp_path / 'b', steps=1, progress=False)
 
@@ -127,7 +130,8 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     quiet(steps=1).fit(stripes(), tmp_path, progress=False)
     with pytest.raises(ValueError, match='another data'): quiet(steps=1).fit(stripes(seed=2), tmp_path, progress=False)
     with pytest.raises(ValueError, match='lr'): quiet(steps=1, lr=.1).fit(stripes(), tmp_path, progress=False)
-    with pytest.raises(ValueError, match='holds a run already'): quiet(steps=1).fit(stripes(), tmp_path, resume=False, progress=False)
+    with pytest.raises(ValueError, match='holds a run already'):
+        quiet(steps=1).fit(stripes(), tmp_path, resume=False, progress=False)
 
 
 def test_mixed_precision_learns_too():
@@ -157,15 +161,18 @@ def test_several_classes():
     with pytest.raises(ValueError, match='they run from 0 to'): quiet(channels=1, classes=k - 1).fit(d, progress=False)
 
 
-@pytest.mark.parametrize('kw, what', [({'size': 48}, 'power of two'), ({'patch': 20}, 'multiple of 8'), ({'patch': 64}, 'multiple of 8'),
-                                      ({'classes': 1}, 'at least 2'), ({'augment': 'spin'}, 'use one of'), ({'channels': 4, 'patch': 16}, 'RGB or grey')])
+@pytest.mark.parametrize('kw, what', [({'size': 48}, 'power of two'), ({'patch': 20}, 'multiple of 8'),
+                                      ({'patch': 64}, 'multiple of 8'),
+                                      ({'classes': 1}, 'at least 2'), ({'augment': 'spin'}, 'use one of'),
+                                      ({'channels': 4, 'patch': 16}, 'RGB or grey')])
 def test_arguments_that_cannot_be(kw, what):
     with pytest.raises(ValueError, match=what): quiet(**kw)
 
 
 def test_data_that_cannot_be_learned():
     d = stripes()
-    for bad, what in ((ImageData(d.images), 'no masks'), (ImageData(d.images, d.masks * 0), 'all 6 masks are empty'), (d.subset([]), 'empty'),
+    for bad, what in ((ImageData(d.images), 'no masks'), (ImageData(d.images, d.masks * 0), 'all 6 masks are empty'),
+                      (d.subset([]), 'empty'),
                       (stripes(size=64), 'the segmenter takes'), (stripes(channels=1), 'the segmenter takes')):
         with pytest.raises(ValueError, match=what): quiet().fit(bad, progress=False)
     with pytest.raises(ValueError, match='at least 1'): quiet().fit(d, steps=0, progress=False)
@@ -186,7 +193,8 @@ def test_an_empty_mask_among_others_has_defined_scores():
     d = stripes()
     d.masks[2] = 0
     scores = score_segmenter(quiet().fit(d, progress=False), d, field=None)
-    assert scores['sensitivity'][2].isnan() and scores['auc'][2].isnan() and not scores['sensitivity'][[0, 1, 3, 4, 5]].isnan().any()
+    assert scores['sensitivity'][
+            2].isnan() and scores['auc'][2].isnan() and not scores['sensitivity'][[0, 1, 3, 4, 5]].isnan().any()
 
 
 def test_folds_keep_subjects_together():
@@ -205,30 +213,38 @@ def test_cross_validation_scores_every_image_with_a_network_that_has_not_seen_it
     for k in range(3):
         s, held = Segmenter.load(tmp_path / f'fold{k}'), (r['fold'] == k).numpy()
         assert torch.equal(score_segmenter(s, d.subset(held), None)['f1'], r['f1'][held])
-    assert cross_validate(d, 3, out=tmp_path, field=None, pooled=True, progress=False, **TINY, steps=3)['auc'].shape == (3,)
+    assert cross_validate(d, 3, out=tmp_path, field=None, pooled=True, progress=False, **TINY,
+                          steps=3)['auc'].shape == (3,)
 
 
 def test_a_class_that_only_one_fold_has():
     d = stripes(6, subjects=list('aabbcc'))
     d.masks[:2][d.masks[:2] > 0] = 2
-    with pytest.raises(ValueError, match='class 2 occurs only in fold'): cross_validate(d, 3, classes=3, **TINY, steps=1, progress=False)
+    with pytest.raises(ValueError, match='class 2 occurs only in fold'):
+        cross_validate(d, 3, classes=3, **TINY, steps=1, progress=False)
     d.masks[2:] = 0
-    with pytest.raises(ValueError, match='class 1 occurs only in fold'): cross_validate(d, 3, **TINY, steps=1, progress=False)
+    with pytest.raises(ValueError, match='class 1 occurs only in fold'):
+        cross_validate(d, 3, **TINY, steps=1, progress=False)
 
 
 def test_patches_are_cut_from_image_and_mask_alike():
     y = torch.arange(2 * 32 * 32).view(2, 32, 32)
     out = Patches(16, 5)({'image': torch.stack([y, -y], 1), 'mask': y}, torch.Generator().manual_seed(0))
-    assert out['mask'].shape == (10, 16, 16) and torch.equal(out['image'][:, 0], out['mask']) and torch.equal(out['image'][:, 1], -out['mask'])
-    assert (out['mask'][:5] < 1024).all() and (out['mask'][5:] >= 1024).all() and len(set(out['mask'][:, 0, 0].tolist())) > 8
-    assert (out['mask'][:, 0, 1] - out['mask'][:, 0, 0] == 1).all() and (out['mask'][:, 1, 0] - out['mask'][:, 0, 0] == 32).all()
+    assert out['mask'].shape == (
+            10, 16, 16) and torch.equal(out['image'][:, 0], out['mask']) and torch.equal(out['image'][:, 1],
+                                                                                         -out['mask'])
+    assert (out['mask'][:5] < 1024).all() and (out['mask'][5:] >= 1024).all() and len(set(out['mask'][:, 0,
+                                                                                                      0].tolist())) > 8
+    assert (out['mask'][
+            :, 0, 1] - out['mask'][:, 0, 0] == 1).all() and (out['mask'][:, 1, 0] - out['mask'][:, 0, 0] == 32).all()
 
 
 def test_the_vessel_channel_is_the_green_one():
     d = stripes()
     rest = d.images.copy()
     rest[:, [0, 2]] = 7
-    assert np.array_equal(vessel_channel(d.images), vessel_channel(rest)) and vessel_channel(d.images).shape == (6, 1, 32, 32)
+    assert np.array_equal(vessel_channel(d.images), vessel_channel(rest)) and vessel_channel(d.images).shape == (6, 1,
+                                                                                                                 32, 32)
     faint = (d.images // 8 + 60).astype(np.uint8)
     assert vessel_channel(faint)[:, 0].std() > 1.5 * faint[:, 1].std()
 
@@ -241,7 +257,9 @@ def test_the_field_masks_the_scores():
     s, inside = quiet(), torch.zeros(6, 32, 32, dtype=torch.bool)
     inside[:, 4:20] = True
     other = s.predict(d)[:, 1][inside], torch.from_numpy(d.masks).long()[inside]
-    assert score_segmenter(s, d, inside, pooled=True)['auc'].isclose(segmentation_scores(*(v.view(6, 16, 32) for v in other), pooled=True)['auc'])
+    assert score_segmenter(
+            s, d, inside, pooled=True)['auc'].isclose(segmentation_scores(*(v.view(6, 16, 32) for v in other),
+                                                                          pooled=True)['auc'])
     with pytest.raises(ValueError, match="pass 'auto'"): score_segmenter(s, d, 'round')
     with pytest.raises(ValueError, match='empty'): score_segmenter(s, d, inside & False)
 
@@ -260,7 +278,8 @@ def test_field_of_view():
 @pytest.mark.skipif(not (DATA / 'retina/chasedb1').exists(), reason=f'no real images in {DATA}: set MEDSKETCH_DATA')
 def test_field_of_view_of_real_photographs():
     d = load_images(DATA / 'retina/chasedb1', 128, fit='letterbox')
-    known = {p.stem.split('_fov')[0]: p for p in (DATA / 'retina/chasedb1').rglob('*') if 'fov' in str(p.parent) or '_fov' in p.stem}
+    known = {p.stem.split('_fov')[0]: p for p in (DATA / 'retina/chasedb1').rglob('*')
+             if 'fov' in str(p.parent) or '_fov' in p.stem}
     for i in range(0, len(d), 5):
         truth = cv2.imread(str(known[Path(d.paths[i]).stem]), 0) > 127
         found = field_of_view(d.batch([i])['image'])[0]
@@ -283,7 +302,9 @@ def test_thinning_keeps_every_piece_and_hole():
     for _ in range(60):
         m = cv2.GaussianBlur(rng.normal(size=(40, 56)), (0, 0), rng.uniform(.4, 3)) > rng.normal() * .02
         line = thin(m)
-        assert pieces(line) == pieces(m) and holes(line) == holes(m) and (line <= m).all() and np.array_equal(thin(line), line)
+        assert pieces(
+                line) == pieces(m) and holes(line) == holes(m) and (line <= m).all() and np.array_equal(thin(line),
+                                                                                                        line)
 
 
 @pytest.mark.parametrize('width', [1, 3, 6])
@@ -327,7 +348,8 @@ def test_continuity_of_nothing_and_of_nonsense():
     with pytest.raises(ValueError, match='at least 4'): continuity_scores(some[:2], some, 'x')
     with pytest.raises(ValueError, match='one size'): continuity_scores(some, some[:, ::2], 'x')
     with pytest.raises(ValueError, match='integers'): continuity(some * float('nan'))
-    with pytest.raises(ValueError, match='NaN'): vessel_continuity(torch.full((4, 3, 32, 32), float('nan')), torch.zeros(4, 3, 32, 32), quiet())
+    with pytest.raises(ValueError, match='NaN'):
+        vessel_continuity(torch.full((4, 3, 32, 32), float('nan')), torch.zeros(4, 3, 32, 32), quiet())
 
 
 def test_vessel_continuity_names_its_segmenter():

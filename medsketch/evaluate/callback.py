@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DURING', 'OF_PIXELS', 'HIGHER', 'Evaluate', 'evaluate_during']
 
-# %% ../../nbs/07_evaluate/11_callback.ipynb #25dcbe5f
+# %% ../../nbs/07_evaluate/11_callback.ipynb #6e269396
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +17,7 @@ from .metrics import check_set, ms_ssim_pairs, swd, take
 from .moco import features_by_name
 from ..train.trainer import Callback, rng_state, set_rng_state
 
-# %% ../../nbs/07_evaluate/11_callback.ipynb #5965735d
+# %% ../../nbs/07_evaluate/11_callback.ipynb #b975a186
 DURING = dict(  # name -> score(real features, synthetic features, real images, synthetic images, seed)
     fid=lambda x, y, a, b, seed: fid(x, y),
     kid=lambda x, y, a, b, seed: kid(x, y, rng=seed)['kid'],
@@ -30,15 +30,18 @@ DURING = dict(  # name -> score(real features, synthetic features, real images, 
 OF_PIXELS = ('swd', 'diversity') # the others look at features
 HIGHER = ('precision', 'recall', 'density', 'coverage') # of these the highest is best; of the others the lowest
 
-# %% ../../nbs/07_evaluate/11_callback.ipynb #e18f12ce
+# %% ../../nbs/07_evaluate/11_callback.ipynb #3ed11d7f
 class Evaluate(Callback):
     "Scores samples every so often and at the end; the newest numbers are in `trainer.scores`, all in `history`"
     def __init__(self,
-                 draw, # draw(n, seed) -> images (n, C, H, W) in [-1, 1], or a dict with 'image', from the averaged generator
+                 # draw(n, seed) -> images (n, C, H, W) in [-1, 1], or a dict with 'image', from the averaged
+                 # generator
+                 draw,
                  real, # real images (N, C, H, W) in [-1, 1], or an `ImageData`
                  features=None, # an `Extractor`; needed for all scores but those of pixels
                  metrics=('fid', 'kid', 'swd'), # keys of `DURING`
-                 n:int=None, # samples, and real images for the scores of pixels; as many as there are real ones, at most 1,000
+                 # samples, and real images for the scores of pixels; as many as there are real ones, at most 1,000
+                 n:int=None,
                  every:int=500, # steps between snapshots
                  seed:int=0, # of the samples, the same at every snapshot
                 ):
@@ -63,7 +66,8 @@ class Evaluate(Callback):
     def score(self) -> dict: # {metric: float}
         "Draw and score, whatever a training is doing"
         fake = self.draw(self.n, self.seed)
-        fake = check_set((fake['image'] if isinstance(fake, Mapping) else fake).float().cpu().clamp(-1, 1), 'samples', self.n)
+        fake = check_set((fake['image'] if isinstance(fake, Mapping) else fake).float().cpu().clamp(-1, 1), 'samples',
+                         self.n)
         y = None if self.features is None else self.features(fake)
         few = fake[:len(self.real)]
         return {m: float(DURING[m](self.known, y, self.real, few, self.seed)) for m in self.metrics}
@@ -74,7 +78,7 @@ class Evaluate(Callback):
     def state_dict(self): return dict(scores=self.scores, history=self.history) if self.history else {}
     def load_state_dict(self, state): self.scores, self.history = dict(state['scores']), list(state['history'])
 
-# %% ../../nbs/07_evaluate/11_callback.ipynb #3c5b4a65
+# %% ../../nbs/07_evaluate/11_callback.ipynb #f6c8f4f8
 def _some(real, n, seed):
     "n of the real images, drawn once"
     return take(real, torch.randperm(len(real), generator=torch_rng(seed))[:n].sort().values)
@@ -84,7 +88,8 @@ def _check(evaluate):
     metrics, n = evaluate.metrics, min(evaluate.n, len(evaluate.real))
     if odd := [m for m in metrics if m not in DURING]:
         raise ValueError(f"no score is called {odd[0]!r}; while training there are: {', '.join(DURING)}")
-    if not metrics or evaluate.every < 1: raise ValueError("name at least one score, and at least 1 step between snapshots")
+    if not metrics or evaluate.every < 1:
+        raise ValueError("name at least one score, and at least 1 step between snapshots")
     if evaluate.features is None and (need := [m for m in metrics if m not in OF_PIXELS]):
         raise ValueError(f"{need[0]} needs features: thumbnails(), train_moco(images) or inception()")
     least = 6 if set(metrics) - {*OF_PIXELS, 'fid'} else 2
@@ -98,7 +103,7 @@ def _unnoticed(f, nets=()):
         for m, training in modes: m.training = training
         set_rng_state(state)
 
-# %% ../../nbs/07_evaluate/11_callback.ipynb #b22a80d6
+# %% ../../nbs/07_evaluate/11_callback.ipynb #6f0fe0e0
 def evaluate_during(
     draw, # draw(n, seed) -> images or a dict with 'image'; or anything with `sample(n, seed=)`, such as a recipe
     data, # real images to score against: an `ImageData`, or (N, C, H, W) in [-1, 1]

@@ -30,8 +30,10 @@ def piece_lengths(
     line = thin(mask)
     n, label = cv2.connectedComponents(line.astype(np.uint8), connectivity=8)
     nw, ne, sw, se = line[:-1, :-1], line[:-1, 1:], line[1:, :-1], line[1:, 1:]
-    steps = [(line[:-1] & line[1:], label[:-1], 1), (line[:, :-1] & line[:, 1:], label[:, :-1], 1), # down, right, and across
-             (nw & se & ~ne & ~sw, label[:-1, :-1], 2**.5), (ne & sw & ~nw & ~se, label[:-1, 1:], 2**.5)] # unless there is a way round
+    # down, right, and across
+    steps = [(line[:-1] & line[1:], label[:-1], 1), (line[:, :-1] & line[:, 1:], label[:, :-1], 1),
+             # unless there is a way round
+             (nw & se & ~ne & ~sw, label[:-1, :-1], 2**.5), (ne & sw & ~nw & ~se, label[:-1, 1:], 2**.5)]
     length = 1. + sum(far * np.bincount(here[both], minlength=n) for both, here, far in steps) # a lone pixel is 1 long
     return np.sort(length[1:])[::-1] / max(line.shape)
 
@@ -41,7 +43,8 @@ CONTINUITY = ('components', 'length', 'mean_length', 'longest')
 def _vessels(masks, field):
     "Masks (N, H, W) as 0 and 1, cut to the field. Raises `ValueError`"
     masks = torch.as_tensor(masks)
-    if masks.ndim != 3 or masks.is_floating_point(): raise ValueError(f"masks are {str(masks.dtype)[6:]} {tuple(masks.shape)}; pass integers (N, H, W)")
+    if masks.ndim != 3 or masks.is_floating_point():
+        raise ValueError(f"masks are {str(masks.dtype)[6:]} {tuple(masks.shape)}; pass integers (N, H, W)")
     if not len(masks): raise ValueError("there are no masks")
     if field is None: return (masks > 0).cpu().numpy()
     field = torch.as_tensor(field)
@@ -56,7 +59,9 @@ def _summary(lengths):
 def continuity(
     masks, # (N, H, W) integers; everything above 0 is vessel
     field=None, # (N, H, W), above 0 where the camera saw something; everything if not given
-) -> dict: # 'components': pieces · 'length': of all, in sides · 'mean_length' of a piece · 'longest': its share of the length; (N,) float64 each
+# 'components': pieces · 'length': of all, in sides · 'mean_length' of a piece · 'longest': its share of the length;
+# (N,) float64 each
+) -> dict:
     "Whether the vessels hang together, image by image; 0 where there are none. Raises `ValueError`"
     found = [_summary(piece_lengths(m)) for m in _vessels(masks, field)]
     return dict(zip(CONTINUITY, torch.tensor(found, dtype=torch.float64).T))
@@ -79,7 +84,8 @@ def continuity_distance(
     real:torch.Tensor, # (N, bins) of `length_histograms`
     fake:torch.Tensor, # (M, bins)
 ) -> float: # octaves, 0 = pieces of the same lengths
-    "Mean factor, in doublings, between the lengths of the pieces; vessels that are missing altogether count as the shortest pieces. Raises `ValueError`"
+    """Mean factor, in doublings, between the lengths of the pieces; vessels that are missing altogether count as the
+    shortest pieces. Raises `ValueError`"""
     if not real.sum() > 0: raise ValueError("no vessels in the real images: there is nothing to compare with")
     return _octaves(real, fake)
 
@@ -98,15 +104,20 @@ def continuity_scores(
     resamples:int=200, # of `bootstrap`; 0 for no intervals
     seed:int=0, # of the resamples
 ) -> list: # of `Score`: distance in octaves; ratios of number, length and mean length of the pieces
-    "Vessel continuity of two sets. Raises `ValueError` if sizes differ, if real images show no vessels, or for fewer than 4 images with intervals"
+    """Vessel continuity of two sets.
+    Raises `ValueError` if sizes differ, if real images show no vessels, or for fewer than 4 images with intervals"""
     shapes = tuple(np.shape(real)[1:]), tuple(np.shape(fake)[1:])
-    if shapes[0] != shapes[1]: raise ValueError(f"real masks are {' × '.join(map(str, shapes[0]))} and synthetic ones {' × '.join(map(str, shapes[1]))}: bring them to one size")
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"real masks are {' × '.join(map(str, shapes[0]))} and synthetic ones "
+                         f"{' × '.join(map(str, shapes[1]))}: bring them to one size")
     rows = [_rows(m, f) for m, f in ((real, field_real), (fake, field_fake))]
-    if not rows[0][:, :-1].sum() > 0: raise ValueError("no vessels in the real images: there is nothing to compare with")
+    if not rows[0][:, :-1].sum() > 0:
+        raise ValueError("no vessels in the real images: there is nothing to compare with")
     values = _compare(*rows)
     low, high = bootstrap(_compare, *rows, resamples=resamples, seed=seed) if resamples else ([float('nan')] * 4,) * 2
     names = ('continuity (octaves)', 'vessel pieces, ratio', 'vessel length, ratio', 'length of a piece, ratio')
-    return [Score(v, n, f'vessels marked by {marked}', len(rows[0]), len(rows[1]), float(a), float(b)) for v, n, a, b in zip(values, names, np.maximum(0, low), np.maximum(0, high))]
+    return [Score(v, n, f'vessels marked by {marked}', len(rows[0]), len(rows[1]), float(a), float(b)) for v, n, a,
+            b in zip(values, names, np.maximum(0, low), np.maximum(0, high))]
 
 def _rows(masks, field):
     "Histograms, with the number of pieces in a last column: what is resampled together"

@@ -28,7 +28,8 @@ from ..train.trainer import Callback, Phase
 
 # %% ../../nbs/07_evaluate/02_moco.ipynb #a29ad37a
 class Views:
-    "Random views of images that leave the diagnosis alone: crops, exposure, focus, noise; mirrored only where asked for"
+    """Random views of images that leave the diagnosis alone: crops, exposure, focus, noise; mirrored only where asked
+    for"""
     def __init__(self,
                  least:float=.3, # smallest part of the area that a crop keeps
                  exposure:float=.3, # how far brightness, contrast and (in octaves) gamma may go
@@ -50,7 +51,8 @@ class Views:
         turn = torch.where(rand() < .5 * self.flip, -side, side)
         zero = torch.zeros_like(side)
         theta = torch.stack([turn, zero, shift[:, 0], zero, side, shift[:, 1]], 1).view(-1, 2, 3)
-        return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode='reflection', align_corners=False)
+        return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode='reflection',
+                             align_corners=False)
 
     def _soften(self, x, rand):
         radius = max(1, round(.03 * x.shape[-1]))
@@ -79,10 +81,12 @@ class MocoEncoder(nn.Module):
                  dim:int=128, # of the projection
                 ):
         super().__init__()
-        if depth not in DEPTHS: raise ValueError(f"there is no ResNet-{depth} here; use {' or '.join(map(str, DEPTHS))}")
+        if depth not in DEPTHS:
+            raise ValueError(f"there is no ResNet-{depth} here; use {' or '.join(map(str, DEPTHS))}")
         block, layers = DEPTHS[depth]
         planes = [max(8, round(n * width / 8) * 8) for n in (64, 128, 256, 512)]
-        self.net = ResNet(block, layers, planes, spatial_dims=2, n_input_channels=channels, conv1_t_stride=2, feed_forward=False,
+        self.net = ResNet(block, layers, planes, spatial_dims=2, n_input_channels=channels, conv1_t_stride=2,
+                          feed_forward=False,
                           norm=('group', {'num_groups': 8}))
         self.features = planes[-1] * (4 if block == 'bottleneck' else 1)
         self.head = nn.Sequential(nn.Linear(self.features, self.features), nn.ReLU(), nn.Linear(self.features, dim))
@@ -115,7 +119,7 @@ class KeyEncoder(nn.Module):
 
     @torch.no_grad()
     def push(self, keys):
-        "The newest keys take the place of the oldest"
+        "The newest keys replace the oldest"
         at = (self.place + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue[at] = keys
         self.place.copy_((self.place + len(keys)) % len(self.queue))
@@ -129,6 +133,7 @@ class Follow(Callback):
     "The key encoder follows after each step"
     def after_step(self, trainer): trainer.nets.K.follow(trainer.nets.E)
 
+# %% ../../nbs/07_evaluate/02_moco.ipynb #58871f38
 class MocoLoss:
     "InfoNCE of two views, each taking both parts"
     def __init__(self,
@@ -140,7 +145,8 @@ class MocoLoss:
         one, two = self.views(batch['image']), self.views(batch['image'])
         with torch.no_grad(): k1, k2 = nets.K.encoder(one), nets.K.encoder(two)
         queue = nets.K.queue.clone()
-        loss = (info_nce(nets.E(one), k2, queue, self.temperature) + info_nce(nets.E(two), k1, queue, self.temperature)) / 2
+        loss = (info_nce(nets.E(one), k2, queue, self.temperature) + info_nce(nets.E(two), k1, queue,
+                                                                              self.temperature)) / 2
         nets.K.push(k1)
         return loss
 
@@ -149,13 +155,17 @@ def _extractor(encoder, config, chunk=32, device=None):
     "The encoder's features under a name that pins down weights and training set"
     size, channels = config['size'], config['channels']
     def net(x):
-        if x.shape[1] != channels: raise ValueError(f"these features were learned from images with {channels} channels, not {x.shape[1]}")
-        return encoder.net(x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode='bilinear', antialias=True, align_corners=False))
-    name = f"moco-v2 resnet{config['depth']} × {config['width']:g}, {size} px, data {config['data']}, weights {weights_name(encoder.net)[:8]} (medsketch {config['version']})"
+        if x.shape[1] != channels:
+            raise ValueError(f"these features were learned from images with {channels} channels, not {x.shape[1]}")
+        return encoder.net(x if x.shape[-2:] == (size, size)
+                           else F.interpolate(x, (size, size), mode='bilinear', antialias=True, align_corners=False))
+    of = f"{size} px, data {config['data']}, weights {weights_name(encoder.net)[:8]}"
+    name = f"moco-v2 resnet{config['depth']} × {config['width']:g}, {of} (medsketch {config['version']})"
     out = Extractor(net, name, chunk, device)
     out.encoder, out.config = encoder.to(out.device).eval(), config
     return out
 
+# %% ../../nbs/07_evaluate/02_moco.ipynb #e9011a5a
 def train_moco(
     data:ImageData, # images to learn from: the real ones, training part
     out=None, # folder for checkpoints, log and weights.safetensors; None writes nothing
@@ -171,30 +181,36 @@ def train_moco(
     progress:bool=True, # show a bar
 ) -> Extractor: # of the pooled features
     "Train an encoder by momentum contrast (MoCo v2). Raises `ValueError` for too few images"
-    if not isinstance(data, ImageData): raise ValueError(f"data is a {type(data).__name__}; pass an ImageData (from_folder, phantom_data)")
+    if not isinstance(data, ImageData):
+        raise ValueError(f"data is a {type(data).__name__}; pass an ImageData (from_folder, phantom_data)")
     for name, value in dict(batch_size=batch_size, queue=queue).items():
         if value < 1: raise ValueError(f"{name} is {value}; at least 1 is needed")
-    if len(data) < 8: raise ValueError(f"there are {len(data)} images to learn from; features need at least 8, and deserve hundreds")
+    if len(data) < 8:
+        raise ValueError(f"there are {len(data)} images to learn from; features need at least 8, and deserve hundreds")
     batch_size = min(batch_size, len(data))
     queue = min(queue, max(batch_size, len(data) // 2) // batch_size * batch_size)
     seed_everything(seed)
     E = MocoEncoder(data.channels, depth, width)
-    config = dict(size=data.size, channels=data.channels, depth=depth, width=width, data=data.fingerprint(), images=len(data),
+    config = dict(size=data.size, channels=data.channels, depth=depth, width=width, data=data.fingerprint(),
+                  images=len(data),
                   steps=steps, seed=seed, version=version('medsketch'))
     phase = Phase('NCE', MocoLoss(views or Views()), torch.optim.Adam(E.parameters(), lr, weight_decay=1e-5))
     meta = {k: v for k, v in config.items() if k not in ('steps', 'version')} | dict(kind='moco')
-    train_stage(dict(E=E, K=KeyEncoder(E, queue, momentum)), [phase], Batches(data, batch_size, seed), steps, out, before=[Follow()], meta=meta,
+    train_stage(dict(E=E, K=KeyEncoder(E, queue, momentum)), [phase], Batches(data, batch_size, seed), steps, out,
+                before=[Follow()], meta=meta,
                 progress=progress, seed=seed)
     extractor = _extractor(E, config)
     if out: save_moco(extractor, Path(out)/'weights.safetensors')
     return extractor
 
+# %% ../../nbs/07_evaluate/02_moco.ipynb #259f0ca7
 def save_moco(
     extractor:Extractor, # what `train_moco` gave
     path, # the .safetensors file
 ):
     "Write the encoder with what it was trained on. Raises `ValueError` for another kind of extractor"
-    if not hasattr(extractor, 'encoder'): raise ValueError(f"{extractor.name} is not an encoder of train_moco's and cannot be saved")
+    if not hasattr(extractor, 'encoder'):
+        raise ValueError(f"{extractor.name} is not an encoder of train_moco's and cannot be saved")
     flat = {k: t.detach().cpu().contiguous() for k, t in extractor.encoder.state_dict().items()}
     with atomic_write(path) as f: f.write(to_bytes(flat, metadata={'medsketch-moco': json.dumps(extractor.config)}))
 
@@ -214,11 +230,15 @@ def load_moco(
         raise ValueError(f"{path} holds no features of train_moco's ({' '.join(str(e).split())[:100]})") from None
     return _extractor(encoder, config, device=device)
 
+# %% ../../nbs/07_evaluate/02_moco.ipynb #e7dce1f8
 def features_by_name(
     name, # 'inception', 'thumbnails', or the file or folder of an encoder
 ) -> Extractor:
-    "The features that FID and its kin look at, as commands and settings name them. Raises as `inception` and `load_moco` do"
+    """The features that FID and its kin look at, as commands and settings name them.
+    Raises as `inception` and `load_moco` do"""
     if name == 'inception': return inception()
     if name == 'thumbnails': return thumbnails()
-    if not Path(name).exists(): raise ValueError(f"no features are called {name!r}; use inception, thumbnails, or the file or folder of an encoder of train_moco's")
+    if not Path(name).exists():
+        raise ValueError(f"no features are called {name!r}; use inception, thumbnails, or the file or folder of an "
+                         f"encoder of train_moco's")
     return load_moco(name)
