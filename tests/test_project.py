@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import house
 import mutants
+import run_tests
 import sidebar
 
 NOTEBOOKS, MODULES = house.notebooks(), [p for p in house.modules() if p.name != "__init__.py"]
@@ -119,6 +120,12 @@ def test_the_sidebar_takes_new_pages_into_their_section(tmp_path):
         sidebar.contents(tmp_path / "nbs")
 
 
+def test_every_test_file_is_run_by_one_of_two_processes():
+    one, two = run_tests.halves(ROOT / "tests")
+    files = {str(p) for p in (ROOT / "tests").glob("test_*.py")} | {str(ROOT / "tests/browser")}
+    assert not set(one) & set(two) and set(one) | set(two) == files
+
+
 def fake_project(tmp_path, monkeypatch, module, source):
     "A project of one module, for the rules to look at"
     path = tmp_path / "medsketch" / module
@@ -161,18 +168,18 @@ def test_the_rule_on_words_reads_prose_only(text, found):
     assert bool(hits) == found
 
 
-NINE = {  # the nine changes that no test noticed once, in small: source, what a mutant has to say
-    "gradient cut": ("def g(nets, y):\n    image = nets.G_P(y * 2 - 1)\n", "nets.G_P((y * 2 - 1).detach())"),
+NINE = {  # the nine changes that no test noticed once, in small: source, a line that a mutant has to have
+    "gradient cut": ("def g(nets, y):\n    image = nets.G_P(y * 2 - 1)\n", "image = nets.G_P((y * 2 - 1).detach())"),
     "lambda dropped": ("def g(self, a, b):\n    return self.lam * l1(a, b)\n", "return l1(a, b)"),
     "half of D dropped": ("def d(a, b):\n    return logistic_d(a, b) / 2\n", "return logistic_d(a, b)"),
     "lazy R1's factor dropped": ("def r(s, x):\n    return s.r1 / 2 * s.every * r1(x)\n", "return s.r1 / 2 * r1(x)"),
     "a phase's factor dropped": ("def loss(self):\n    return self.every * self.f()\n", "return self.f()"),
-    "rate tenfold": ("opt = Adam(p, lr=part * rate)\n", "Adam(p, lr=10 * (part * rate))"),
-    "rate of a part tenfold": ("opt = adam(names, part=.1)\n", "adam(names, part=1.0)"),
+    "rate tenfold": ("opt = Adam(p, lr=part * rate)\n", "opt = Adam(p, lr=10 * (part * rate))"),
+    "rate of a part tenfold": ("opt = adam(names, part=.1)\n", "opt = adam(names, part=1.0)"),
     "decay removed": ("fit(before=[PolyDecay(lr)])\n", "fit(before=[])"),
     "queue fed by the query network": ("def f(nets, x):\n    k = nets.K.encoder(x)\n    return nets.E(x), k\n",
                                        "k = nets.E(x)"),
-    "copies against the reference": ("s = score_images(real, fake, train=data)\n", "score_images(real, fake)"),
+    "copies against the reference": ("s = score_images(real, fake, train=data)\n", "s = score_images(real, fake)"),
 }
 
 
@@ -180,14 +187,44 @@ NINE = {  # the nine changes that no test noticed once, in small: source, what a
 def test_the_mutants_express(what):
     source, wanted = NINE[what]
     made = [text for _, _, text in mutants.mutants(source)]
-    assert any(wanted in text for text in made), made
+    assert any(wanted in map(str.strip, text.splitlines()) for text in made), made
     assert all(text != ast.unparse(ast.parse(source)) for text in made), "a mutant that changes nothing"
     for text in made:
         compile(text, what, "exec")
 
 
+def test_code_that_teaches_stands_once_below_its_names():
+    from execnb.nbio import dict2nb, mk_cell
+    from nbdev.process import NBProcessor
+    from show_code import ShowCode
+
+    def doc(name):
+        c = mk_cell(f"#| echo: false\nshow_doc({name})")
+        text = f"---\n\n[source](x.py#L1)\n\n### {name}\n\n```python\ndef {name}(\n    x\n)\n```\n\n*what it does*"
+        c.outputs = [{"output_type": "execute_result", "data": {"text/markdown": text.splitlines(keepends=True)}}]
+        return c
+
+    code = '#| code-fold: show\n#| code-summary: "Exported source"\ndef a(x): return x\n\nclass b: pass'
+    cells = [mk_cell("$$a = b$$", "markdown"), doc("b"), mk_cell(code), doc("a"), doc("other"), mk_cell("a(1)")]
+    nb = NBProcessor(nb=dict2nb({"cells": cells, "metadata": {}}), procs=ShowCode, rm_directives=False)
+    nb.process()
+    made = ["".join(c.source).splitlines()[-1] for c in nb.nb.cells]
+    assert made == ["$$a = b$$", "show_doc(a)", "show_doc(b)", "class b: pass", "show_doc(other)", "a(1)"]
+    texts = ["".join(c.outputs[0]["data"]["text/markdown"]) for c in nb.nb.cells if "show_doc" in c.source]
+    assert texts[:2] == ["---\n\n[source](x.py#L1)\n\n### a\n", "[source](x.py#L1)\n\n### b\n"]
+    assert "what it does" in texts[2], "documentation of code that is not shown stays whole"
+    assert "Exported source" not in nb.nb.cells[3].source
+
+
+def documentation(path):
+    "A processed page: its Markdown, and its code that is shown"
+    page = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = {k: ["".join(c["source"]) for c in page if c["cell_type"] == k] for k in ("markdown", "code")}
+    return "\n".join(text["markdown"]), "\n".join(s for s in text["code"] if "echo: false" not in s)
+
+
 def test_documentation_is_processed_without_quarto(tmp_path):
-    "nbdev's own processing of every page, with a stand-in for Quarto: code that teaches is shown, the sidebar is ours"
+    "nbdev's own processing of every page, with a stand-in for Quarto, keeps code, equations and our sidebar"
     stub = tmp_path / "bin/quarto"
     stub.parent.mkdir()
     stub.write_text("#!/bin/sh\nexit 0\n")
@@ -196,14 +233,16 @@ def test_documentation_is_processed_without_quarto(tmp_path):
     copy.mkdir()
     for name in ("nbs", "medsketch", "settings.ini", "setup.py", "_quarto.yml"):
         run("cp", "-r", ROOT / name, copy)
-    env = os.environ | {"PATH": f"{stub.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    run("nbdev_proc_nbs", cwd=copy, env=env)
-    pages = {p.relative_to(copy / "_proc"): json.loads(p.read_text()) for p in (copy / "_proc").rglob("*.ipynb")}
-    assert len(pages) == len(NOTEBOOKS)
-    for path, page in pages.items():
-        shown = [c["source"] for c in page["cells"] if c["cell_type"] == "code" and "echo: false" not in c["source"]]
-        for _, source in house.cells(ROOT / "nbs" / path):
-            if re.match(r"#\|\s*exports\b", source):
-                line = next(x for x in source.splitlines() if x.strip() and not x.startswith("#|"))
-                assert any(line in s for s in shown), f"{path} hides {line}"
+    path = f"{stub.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run("nbdev_proc_nbs", cwd=copy, env=os.environ | {"PATH": path, "PYTHONPATH": f"{copy}:{ROOT / 'tools'}"})
+    assert len(list((copy / "_proc").rglob("*.ipynb"))) == len(NOTEBOOKS)
+    for source in NOTEBOOKS:
+        text, code = documentation(copy / "_proc" / source.relative_to(ROOT / "nbs"))
+        for equation in re.findall(r"\$\$.+?\$\$", "\n".join(s for _, s in house.cells(source, "markdown")), re.DOTALL):
+            assert equation in text, f"{source.name} lost {equation}"
+        for _, s in house.cells(source):
+            if re.match(r"#\|\s*exports\b", s):
+                line = next(x for x in s.splitlines() if x.strip() and not x.startswith("#|"))
+                assert line in code, f"{source.name} hides {line}"
+        assert "Exported source" not in code
     assert (copy / "_proc/sidebar.yml").read_text() == sidebar.sidebar(ROOT / "nbs")
