@@ -63,13 +63,16 @@ def test_any_schedule_visits_every_resolution_for_its_share(seed):
         assert all(0 < a <= 1 for a in alphas) and alphas == sorted(alphas)
         assert alphas[-1] == 1 or s != g.start
         settled = sum(a == 1 for a in alphas)
-        assert settled >= int((1 - g.fade) * share(s)) and (settled == share(s) if s == g.start or g.fade == 0 else True)
+        assert settled >= int((1 - g.fade) * share(s))
+        assert (settled == share(s) if s == g.start or g.fade == 0 else True)
         if s != g.start and g.fade * share(s) > 2: assert alphas[0] < 1
     assert g.at(g.steps)[:2] == g.at(10**9)[:2] == (g.size, 1.)
 
 
-@pytest.mark.parametrize('kwargs, text', [({'size': 100}, '100'), ({'size': 32, 'fade': 1.5}, 'fade'), ({'size': 16, 'start': 32}, '32'),
-                                          ({'size': 16, 'batches': {4: 1, 8: 1}}, '16'), ({'size': 8, 'batch_size': {8: 4}}, '4')])
+@pytest.mark.parametrize('kwargs, text', [({'size': 100}, '100'), ({'size': 32, 'fade': 1.5}, 'fade'),
+                                          ({'size': 16, 'start': 32}, '32'),
+                                          ({'size': 16, 'batches': {4: 1, 8: 1}}, '16'),
+                                          ({'size': 8, 'batch_size': {8: 4}}, '4')])
 def test_impossible_schedules(kwargs, text):
     with pytest.raises(ValueError, match=text) as e: Growth(**kwargs)
     assert one_line(e)
@@ -119,13 +122,15 @@ def gan(callbacks=(), batch_size=8, dtype=torch.float32, noise=True, init=0, fai
     def r1(n, b): return r1_penalty(n.D, b['x'])
     og, od = (torch.optim.Adam(n.parameters(), lr=.01, betas=(0., .99)) for n in nets.values())
     made = callbacks(nets) if callable(callbacks) else callbacks
-    t = Trainer(nets, [Phase('G', g, og), Phase('D', d, od), Phase('R1', r1, od, every=4)], Points(batch_size, dtype=dtype), made, **kwargs)
+    t = Trainer(nets, [Phase('G', g, og), Phase('D', d, od), Phase('R1', r1, od, every=4)],
+                Points(batch_size, dtype=dtype), made, **kwargs)
     return t
 
 
 def run_folder(d, every=3, **kwargs):
     "The callbacks of a real run, in the order of one"
-    return lambda nets: [StopOnNan(f'{d}/ck'), Ema(G=nets['G'], halflife=50), CsvLog(f'{d}/log.csv', every=2), Checkpoint(f'{d}/ck', every, **kwargs)]
+    return lambda nets: [StopOnNan(f'{d}/ck'), Ema(G=nets['G'], halflife=50), CsvLog(f'{d}/log.csv', every=2),
+                         Checkpoint(f'{d}/ck', every, **kwargs)]
 
 
 def weights(t): return [p.detach().clone() for p in t.params]
@@ -164,7 +169,8 @@ def test_what_was_frozen_before_training_is_frozen_after_it():
         if t.step == 2: raise KeyboardInterrupt
     for fail in (None, stop):
         t = gan(fail=fail)
-        t.nets.H = mlp(2, 2).requires_grad_(False)                      # say, a pretrained network in nobody's optimiser
+        # say, a pretrained network in nobody's optimiser
+        t.nets.H = mlp(2, 2).requires_grad_(False)
         t.params += t.nets.H.parameters()
         learns = [p.requires_grad for p in t.params]
         try: t.fit(4)
@@ -222,11 +228,13 @@ def test_data_learns_its_share_of_the_stream():
 class Noise(Callback):
     "Remembers one random number per step, drawn from a copy of the generator"
     def __init__(self): self.seen = []
-    def after_step(self, t): self.seen.append(torch.rand(1, generator=torch.Generator().set_state(torch.get_rng_state())).item())
+    def after_step(self, t):
+        self.seen.append(torch.rand(1, generator=torch.Generator().set_state(torch.get_rng_state())).item())
 
 
 def rank(i, port, d):
-    os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port))
     AcceleratorState._reset_state(reset_partial_state=True)
     t = gan(batch_size=4, dtype=torch.float64, noise=False, init=i)     # other weights in the second process
     t.fit(5)
@@ -236,7 +244,8 @@ def rank(i, port, d):
     again = Noise()
     resumed = gan(lambda nets: [*run_folder(d)(nets), again], batch_size=4, init=5)
     resumed.fit(6)
-    torch.save({'weights': weights(t), 'logged': weights(resumed), 'images': t.images, 'share': (t.data.rank, t.data.world), 'position': t.data.position,
+    torch.save({'weights': weights(t), 'logged': weights(resumed), 'images': t.images,
+                'share': (t.data.rank, t.data.world), 'position': t.data.position,
                     'noise': noise.seen + again.seen}, f'{d}/rank{i}.out')
     torch.distributed.destroy_process_group()
 
@@ -250,7 +259,8 @@ def test_two_processes_learn_as_one(tmp_path):
     same(a['weights'], b['weights']), same(a['logged'], b['logged'])
     assert (a['share'], b['share']) == ((0, 2), (1, 2))
     assert a['images'] == b['images'] == a['position'] == 40
-    assert not set(a['noise']) & set(b['noise'])                        # each process has noise of its own, after a resume too
+    # each process has noise of its own, after a resume too
+    assert not set(a['noise']) & set(b['noise'])
     alone = gan(batch_size=8, dtype=torch.float64, noise=False)
     alone.fit(5)
     for x, y in zip(alone.params, a['weights']): torch.testing.assert_close(x.detach(), y, rtol=1e-8, atol=1e-10)
@@ -293,12 +303,14 @@ def test_a_second_training_is_kept_out(through, tmp_path):
 def test_a_folder_that_cannot_be_locked_or_written(through, tmp_path, monkeypatch):
     def refuse(*_): raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(checkpoints_module, 'lock_file', refuse)
-    with pytest.warns(UserWarning, match='cannot be locked .*second training'): same_run(through, finished(tmp_path/'a'))
+    with pytest.warns(UserWarning, match='cannot be locked .*second training'):
+        same_run(through, finished(tmp_path/'a'))
     (tmp_path/'b').mkdir()
     (tmp_path/'b/ck').write_text('in the way')
     seen = []
     with pytest.raises(RuntimeError, match='could not write checkpoints') as e: finished(tmp_path/'b', fail=seen.append)
-    assert one_line(e) and not seen                                     # before the first step, not at the first checkpoint
+    # before the first step, not at the first checkpoint
+    assert one_line(e) and not seen
 
 
 @pytest.mark.parametrize('step', [0, 4, 8])
@@ -306,7 +318,8 @@ def test_killed_between_two_phases(through, tmp_path, step):
     def kill(t):
         if t.step == step: die()
     killed(lambda: finished(tmp_path, fail=kill))
-    same_run(through, finished(tmp_path, init=3 if step > 3 else 0))    # other weights at first, once there is a checkpoint
+    # other weights at first, once there is a checkpoint
+    same_run(through, finished(tmp_path, init=3 if step > 3 else 0))
     log = rows(tmp_path/'log.csv')
     assert [r['step'] for r in log] == ['2', '4', '6', '8', '10', '11']
     assert log == rows(through.callbacks[2].path)
@@ -337,7 +350,8 @@ def test_best_checkpoint(tmp_path):
     t = gan(lambda nets: [Checkpoint(tmp_path, every=1, keep=3, best='G')])
     t.fit(9)
     best, saver = torch.load(tmp_path/'best.pt', weights_only=True), t.callbacks[0]
-    assert best['callbacks']['Checkpoint']['lowest'] == best['callbacks']['Checkpoint']['mean'] == saver.lowest <= saver.mean
+    state = best['callbacks']['Checkpoint']
+    assert state['lowest'] == state['mean'] == saver.lowest <= saver.mean
     assert [p.name for p in checkpoints(tmp_path)] == ['000007.pt', '000008.pt', '000009.pt']
     again = gan(lambda nets: [Checkpoint(tmp_path, every=1, keep=3, best='G')])
     again.fit(9)
@@ -362,7 +376,8 @@ def test_no_readable_checkpoint_at_all(through, tmp_path):
     for p in checkpoints(tmp_path/'ck'): p.write_bytes(b'gone')
     with pytest.warns(UserWarning, match='cannot be read'): gan(run_folder(tmp_path, keep=2)).fit(6)
     names = [p.name for p in checkpoints(tmp_path/'ck')]
-    assert {'000003.pt', '000006.pt'} <= set(names), names              # new checkpoints are not pruned in favour of broken later ones
+    # new checkpoints are not pruned in favour of broken later ones
+    assert {'000003.pt', '000006.pt'} <= set(names), names
     with pytest.warns(UserWarning, match='cannot be read'): same_run(through, finished(tmp_path, init=3))
 
 
@@ -373,7 +388,8 @@ class Payload:
 
 def test_a_pickle_among_the_checkpoints_is_not_executed(through, tmp_path):
     gan(run_folder(tmp_path)).fit(6)
-    for write in (lambda p, o: p.write_bytes(pickle.dumps(o, 2)), lambda p, o: torch.save({'step': 9, 'meta': {}, 'nets': o}, p)):
+    for write in (lambda p, o: p.write_bytes(pickle.dumps(o, 2)),
+                  lambda p, o: torch.save({'step': 9, 'meta': {}, 'nets': o}, p)):
         write(tmp_path/'ck'/'000009.pt', Payload(tmp_path/'executed'))
         with pytest.warns(UserWarning, match='000009.pt cannot be read'): gan(run_folder(tmp_path)).fit(7)
         assert not (tmp_path/'executed').exists()
@@ -398,7 +414,8 @@ def test_checkpoint_of_something_else(tmp_path, what):
 
 def test_disk_full_while_saving(through, tmp_path):
     def full(state): return state['step'] == 6
-    with half_written(full, disk_full), pytest.raises(RuntimeError, match='000006.pt.*No space') as e: finished(tmp_path)
+    with half_written(full, disk_full), pytest.raises(RuntimeError, match='000006.pt.*No space') as e:
+        finished(tmp_path)
     assert one_line(e) and {p.name for p in (tmp_path/'ck').iterdir()} == {'000003.pt', '.lock'}
     same_run(through, finished(tmp_path, init=3))                       # after making room it goes on
     assert rows(tmp_path/'log.csv') == rows(through.callbacks[2].path)
@@ -448,7 +465,8 @@ def broken_at(step, value=float('nan')):
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_diverged_training_stops_and_keeps_the_last_good_checkpoint(tmp_path, value):
     t = gan(lambda nets: [broken_at(7, value), *run_folder(tmp_path)(nets)])
-    with pytest.raises(TrainingDiverged, match=r'D_adv.* step 8; the last good checkpoint is .*000006\.pt') as e: t.fit(20)
+    with pytest.raises(TrainingDiverged, match=r'D_adv.* step 8; the last good checkpoint is .*000006\.pt') as e:
+        t.fit(20)
     assert one_line(e) and 'G,' not in str(e.value) and isinstance(e.value, RuntimeError)
     good = torch.load(tmp_path/'ck'/'000006.pt', weights_only=True)
     assert all(w.isfinite().all() for n in good['nets'].values() for w in n.values())
@@ -457,14 +475,16 @@ def test_diverged_training_stops_and_keeps_the_last_good_checkpoint(tmp_path, va
 
 
 def test_diverged_before_any_checkpoint(tmp_path):
-    with pytest.raises(TrainingDiverged, match='no checkpoint'): gan(lambda nets: [broken_at(1), *run_folder(tmp_path)(nets)]).fit(5)
+    with pytest.raises(TrainingDiverged, match='no checkpoint'):
+        gan(lambda nets: [broken_at(1), *run_folder(tmp_path)(nets)]).fit(5)
     assert not checkpoints(tmp_path/'ck')
 
 
 def test_the_message_names_no_unreadable_checkpoint(tmp_path):
     gan(run_folder(tmp_path)).fit(9)
     (tmp_path/'ck'/'000009.pt').write_bytes(b'gone')
-    with pytest.warns(UserWarning), pytest.raises(TrainingDiverged, match=r'000006\.pt'): gan(lambda nets: [broken_at(7), *run_folder(tmp_path)(nets)]).fit(20)
+    with pytest.warns(UserWarning), pytest.raises(TrainingDiverged, match=r'000006\.pt'):
+        gan(lambda nets: [broken_at(7), *run_folder(tmp_path)(nets)]).fit(20)
 
 
 def test_weights_that_broke_behind_finite_losses_are_not_saved(tmp_path):
@@ -472,7 +492,8 @@ def test_weights_that_broke_behind_finite_losses_are_not_saved(tmp_path):
     def poison(t):     # the losses of step 6 are finite, the gradient is not
         if t.step == 5: t.nets.D[0].weight.register_hook(lambda g: g * float('inf'))
     t.phases[1].loss = lambda n, b, d=t.phases[1].loss: (poison(t), d(n, b))[1]
-    with pytest.raises(TrainingDiverged, match=r'network D.* step 6; the last good checkpoint is .*000003\.pt') as e: t.fit(20)
+    with pytest.raises(TrainingDiverged, match=r'network D.* step 6; the last good checkpoint is .*000003\.pt') as e:
+        t.fit(20)
     assert one_line(e) and [p.name for p in checkpoints(tmp_path/'ck')] == ['000003.pt']
 
 

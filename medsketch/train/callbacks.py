@@ -73,13 +73,13 @@ class _Averages(Callback):
         for k, n in self.nets.items(): n.load_state_dict(state['nets'][k])
         self.reestimate()
 
-# %% ../../nbs/05_train/03_callbacks.ipynb #f8b72c3f
+# %% ../../nbs/05_train/03_callbacks.ipynb #425f470b
 class Ema(_Averages):
     "Keeps an exponential moving average of networks' weights; buffers are copied, batch norm is refreshed at the end"
     def __init__(self,
                  halflife:float=10_000, # images after which a weight counts half
                  rampup:float=.05, # the half-life is at most this share of the images seen so far
-                 refresh=None, # refresh(net), or {name: refresh}: the `run` of `refresh_batchnorm`, with noise of its own
+                 refresh=None, # refresh(net), or {name: refresh}: `run` of `refresh_batchnorm`, its own noise
                  **nets, # name=module, the networks to average
                 ):
         self.halflife, self.rampup, self.refresh, self.sources = halflife, rampup, refresh, nets
