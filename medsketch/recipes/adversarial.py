@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'FILLS', 'g_loss', 'd_loss', 'augmenter', 'adaptive', 'critic', 'Game', 'Adversarial', 'RenderLosses']
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #eaf0fd1e
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #e8c9d536
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +16,7 @@ from ..train.augment import DiffAugment, Adapt
 from ..train.losses import l1, logistic_d, logistic_g, r1_penalty, relativistic_d, relativistic_g
 from ..train.trainer import Phase
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #e8b8c9b6
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #b91c136a
 LOSSES = ('logistic', 'relativistic')
 
 def g_loss(loss, D, real, fake): # `loss` is one of `LOSSES`, `D` a function of images
@@ -29,7 +29,7 @@ def d_loss(loss, D, real, fake, seen=None): # `seen` is handed what an adaptive 
     if seen: seen(r - f if loss == 'relativistic' else r)
     return (relativistic_d if loss == 'relativistic' else logistic_d)(r, f)
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #c0c91736
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #17585fbf
 def augmenter(
     policy:str|None=None, # such as 'translate,cutout', see `train.augment`; None for none
     ada:float|None=None, # adaptive: the mean sign of D on real images to aim at, 0.6 in the paper; None keeps it on
@@ -45,7 +45,7 @@ def adaptive(
     "What an adaptive augmentation needs while it trains"
     return [Adapt(augment, kimg=images / 10_000)] if augment and augment.target is not None else []
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #63e77889
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #246e2334
 FILLS = dict(picture=0., sketch=-1., condition=0.) # grey; paper of a sketch in [-1, 1]; paper of one in [0, 1]
 
 def critic(
@@ -66,7 +66,7 @@ def critic(
         return logits
     return judge
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #a3405b3f
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #59c49be8
 class Game:
     "One generator against one discriminator: what both see and minimise"
     def __init__(self,
@@ -109,7 +109,7 @@ class Game:
             with torch.no_grad(): batch['fake'] = self.generate(getattr(nets, self.names[0]), batch)
         return self.loss_d(D, real, batch['fake'], batch)
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #b2ff54b5
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #65de0c4b
 class Adversarial(Game):
     "One generator against one discriminator"
     def penalty(self, nets, batch):
@@ -133,7 +133,7 @@ class Adversarial(Game):
         "What an adaptive augmentation needs while it trains"
         return adaptive(self.augment, images)
 
-# %% ../../nbs/06_recipes/02_adversarial.ipynb #0d7d0a4c
+# %% ../../nbs/06_recipes/02_adversarial.ipynb #50b15bc0
 class RenderLosses:
     "Adversarial loss on pairs, plus λ times L1"
     def __init__(self,

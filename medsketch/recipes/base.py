@@ -24,7 +24,7 @@ from ..train.growth import Growth
 from ..train.stages import choose, newest_checkpoint, note_frozen, open_run, read_config, train_stage
 from ..train.trainer import make_accelerator
 
-# %% ../../nbs/06_recipes/01_base.ipynb #68433731
+# %% ../../nbs/06_recipes/01_base.ipynb #3baf05eb
 def as_data(
     data, # a folder, an `ImageData`, or any map-style `Dataset` of dictionaries with `image`
     size:int, # pixels
@@ -33,8 +33,10 @@ def as_data(
 ) -> ImageData: # with sketches, or with images alone
     "Training data of the right size and channels, with sketches. Raises `ValueError` if it does not fit the recipe"
     data = sized(data, size, channels)
-    if style is None: return ImageData(data.images, paths=data.paths, subjects=data.subjects)
-    return data if data.sketches is not None else add_sketches(data, style=style)
+    lazy = not isinstance(data, ImageData)
+    if style is None: return data if lazy else ImageData(data.images, paths=data.paths, subjects=data.subjects)
+    if lazy: data = data if 'sketch' in data[0] else data.in_memory()
+    return data if 'sketch' in data[0] else add_sketches(data, style=style)
 
 def sized(
     data, # a folder, an `ImageData`, or any map-style `Dataset` of dictionaries with `image`
@@ -43,13 +45,13 @@ def sized(
 ) -> ImageData:
     "The data, if it has this size and so many channels; a folder is read so. Raises `ValueError` if not"
     if isinstance(data, (str, Path)): data = load_images(data, size, channels=channels)
-    if not isinstance(data, ImageData): data = as_image_data(data, size, channels)
+    data = as_image_data(data, *(() if isinstance(data, ImageData) else (size, channels)))
     if (data.size, data.channels) != (size, channels):
         raise ValueError(f"the data is {data.size} px with {data.channels} channels, "
                          f"the recipe {size} px with {channels}: load it as the recipe needs it")
     return data
 
-# %% ../../nbs/06_recipes/01_base.ipynb #9015a471
+# %% ../../nbs/06_recipes/01_base.ipynb #83f9cdcd
 class Drawing:
     "How a recipe draws"
     def noise(self,
@@ -75,7 +77,7 @@ class Drawing:
         batch = self.averaged().sample(n, 0)
         return sample_grid({k: v.cpu() for k, v in batch.items() if k in ('sketch', 'mask', 'image')}, **keys)
 
-# %% ../../nbs/06_recipes/01_base.ipynb #3d1be517
+# %% ../../nbs/06_recipes/01_base.ipynb #7671efc7
 class ManySamples:
     "Many samples, a few at a time"
     def in_batches(self,
@@ -105,7 +107,7 @@ class ManySamples:
         if hasattr(r.nets['G_P'], 'for_inference'): r.nets['G_P'] = r.nets['G_P'].for_inference(dtype)
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #185dad52
+# %% ../../nbs/06_recipes/01_base.ipynb #3cf8871d
 class Saving:
     "How a recipe is kept"
     @property
@@ -143,7 +145,7 @@ class Saving:
         if not isinstance(r, cls): raise ValueError(f"{path} is of recipe {r.name}, not {cls.name}")
         return r
 
-# %% ../../nbs/06_recipes/01_base.ipynb #78aee0ac
+# %% ../../nbs/06_recipes/01_base.ipynb #1cea13f9
 class Preparing:
     "What a recipe learns from"
     def prepare(self,
@@ -170,7 +172,7 @@ class Preparing:
         size = self.config['batch_size']
         return steps * (max(size.values()) if isinstance(size, dict) else size)
 
-# %% ../../nbs/06_recipes/01_base.ipynb #3ca5f0a1
+# %% ../../nbs/06_recipes/01_base.ipynb #0f12ff17
 class Fitting:
     "The one `fit` of all recipes"
     def fit(self,
@@ -202,7 +204,7 @@ class Fitting:
 
 def _paths(init): return {k: str(p) for k, p in init.items()} if isinstance(init, dict) else str(init)
 
-# %% ../../nbs/06_recipes/01_base.ipynb #614cd8df
+# %% ../../nbs/06_recipes/01_base.ipynb #a84a81ff
 class Stepping:
     "One stage of it"
     def _train(self, stage, out, folder, **kwargs):
@@ -241,7 +243,7 @@ class Stepping:
         if acc.is_main_process: self.save(f'{out}/weights.safetensors')
         acc.wait_for_everyone()
 
-# %% ../../nbs/06_recipes/01_base.ipynb #f42bc0a9
+# %% ../../nbs/06_recipes/01_base.ipynb #54a7d34f
 class Checks:
     "What recipes check of their arguments"
     def check(self,
@@ -319,7 +321,7 @@ class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks)
     @property
     def device(self): return next(next(iter(self.nets.values())).parameters()).device
 
-# %% ../../nbs/06_recipes/01_base.ipynb #1a5a48bc
+# %% ../../nbs/06_recipes/01_base.ipynb #d7c0e381
 def with_int_keys(
     config:dict, # keyword arguments
 ) -> dict: # the same, for the tables {resolution: number}: JSON turns their keys into text
@@ -339,7 +341,7 @@ def half_at_last(
     table[sizes[-1]] = max(1, steps - sum(table[s] for s in sizes[:-1]))
     return table
 
-# %% ../../nbs/06_recipes/01_base.ipynb #ab8b3ab1
+# %% ../../nbs/06_recipes/01_base.ipynb #34d0f48e
 def recipe_class(
     name:str, # a key of `RECIPES`
 ) -> type:

@@ -27,7 +27,7 @@ from ..train.losses import gradient_penalty, logistic_d, logistic_g, wgan_d, wga
 from ..train.stages import Stage
 from ..train.trainer import Callback
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #469406da
+# %% ../../nbs/06_recipes/04_baselines.ipynb #47bc47a1
 class Variant:
     "What a variant of the game may change"
     @property
@@ -48,7 +48,7 @@ class Variant:
     def judge(self, D, x): return D(x)
     def real(self, batch): return batch['image']
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #087cbccf
+# %% ../../nbs/06_recipes/04_baselines.ipynb #575a29be
 class GANDrawing:
     "How the baselines draw"
     def imagine(self, G, batch):
@@ -164,7 +164,8 @@ def pseudo_classes(
 ) -> torch.Tensor: # (N,) int64, numbered from 0; fewer than k groups if fewer images differ
     "Groups of similar images: k-means on grey thumbnails"
     from sklearn.cluster import KMeans
-    parts = (np.asarray(images[np.arange(i, min(i + 256, len(images)))], np.float32) for i in range(0, len(images), 256))
+    rows = np.array_split(np.arange(len(images)), max(1, len(images) // 256))
+    parts = (np.asarray(images[r], np.float32) for r in rows)
     x = torch.cat([F.adaptive_avg_pool2d(torch.from_numpy(p).mean(1, True), side) for p in parts]).flatten(1).numpy()
     groups = KMeans(min(k, len(np.unique(x, axis=0))), n_init=1, random_state=seed).fit(x)
     return torch.from_numpy(groups.labels_).long().unique(return_inverse=True)[1]
@@ -202,7 +203,7 @@ class ACGANClasses:
         labels = [draw(i) if label is None else torch.tensor([names.index(label)]) for i in range(first, first + n)]
         return dict(label=torch.cat(labels).to(self.device))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #b09d53a3
+# %% ../../nbs/06_recipes/04_baselines.ipynb #1d3530a5
 class ACGAN(ACGANClasses, GAN):
     "Auxiliary classifier GAN (Odena et al. 2017)"
     name = 'acgan'
@@ -283,7 +284,7 @@ class WGANGP(GAN):
         "Algorithm 1, line 7"
         return dict(w=wgan_d(D(real), D(fake)), gp=self.config['lam'] * gradient_penalty(D, real, fake))
 
-# %% ../../nbs/06_recipes/04_baselines.ipynb #86137ed5
+# %% ../../nbs/06_recipes/04_baselines.ipynb #26b981ba
 class Growing:
     "What growing changes"
     @property

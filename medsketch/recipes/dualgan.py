@@ -21,7 +21,7 @@ from .base import Recipe, sized
 from ..sketch.masks import clean_masks, mask_planes, plane_masks, soften
 from ..train.stages import Stage
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #4356d9d7
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #ffd0a06c
 def mask_game(
     latent_dim:int, # length of the noise
     **how, # for `Adversarial`: loss, r1, augment
@@ -40,6 +40,7 @@ def mask_data(
 ) -> ImageData: # images and masks
     "Training data of the right size, with masks. Raises `ValueError` if it does not fit, or its masks say nothing"
     data = sized(data, size, channels)
+    if not isinstance(data, ImageData): data = data.in_memory()
     if data.masks is None:
         raise ValueError("the data has no masks, and the dual GAN learns from them: lay them beside the images "
                          "(masks/NAME.png), or let a trained segmenter draw them")
@@ -55,7 +56,7 @@ def count_classes(
     "Mask classes with the background: as many as are named, or as the highest id tells"
     return max(2, len(data.classes or ()), 1 + max(int(data.masks[i].max()) for i in range(len(data))))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #78492bea
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #f673dbc7
 class DualGANData:
     "What the two stages learn from"
     def prepare(self, data, more=None):
@@ -84,7 +85,7 @@ class DualGANData:
             return batch | dict(sketch=soften(mask_planes(batch['mask'], self.config['classes']), soft))
         return Batches(data, self.config['batch_size'], seed=seed, augment=change)
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #87206683
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #f47ffe29
 class DualGANStages:
     "What the dual GAN trains, and when"
     def networks(self):
@@ -103,7 +104,8 @@ class DualGANStages:
         c, aug = self.config, augmenter(self.config['diffaugment'], self.config['ada'])
         game = mask_game(c['latent_dim'], loss=c['loss'], r1=c['r1'], augment=aug)
         phases, steps = game.phases(self._adam('G_M'), self._adam('D_M')), c['mask_steps']
-        return Stage('mask', ('G_M', 'D_M'), phases, steps, lambda: self._batches(data, c['seed'], 'mask'), average=('G_M',),
+        stream = lambda: self._batches(data, c['seed'], 'mask')
+        return Stage('mask', ('G_M', 'D_M'), phases, steps, stream, average=('G_M',),
                      callbacks=game.callbacks(self.images(steps)), draw=lambda: self.grid(keys=('mask',)),
                      refresh=dict(G_M=self.feed_noise))
 
@@ -116,7 +118,7 @@ class DualGANStages:
                      callbacks=adaptive(aug, self.images(steps)), draw=lambda: self.rendered(pairs),
                      refresh=dict(G_P=self.feed(pairs)), meta=dict(more=more.fingerprint() if more else None))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #10a42dc8
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #cd7b945b
 class DualGANParts:
     "Optimisers, batch norm and pictures of the stages"
     def _adam(self, name):
@@ -142,7 +144,7 @@ class DualGANParts:
         rows = dict(mask=shown['mask'], rendered=made, image=shown['image'])
         return sample_grid(rows, tuple(rows))
 
-# %% ../../nbs/06_recipes/05_dualgan.ipynb #721d9340
+# %% ../../nbs/06_recipes/05_dualgan.ipynb #c736bf1e
 class DualGANDrawing:
     "How the dual GAN draws"
     def _masks(self, noise):
@@ -196,7 +198,7 @@ class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
     def __init__(self,
                  size:int=256, # side of images and masks, pixels (power of two from 16); the paper's is 512 (§IV)
                  channels:int=3, # of the images: 3 colour, 1 grey, or the number of modalities
-                 classes:int|None=None, # of the masks, with the background; found in the data. 2: all above 0 is foreground
+                 classes:int|None=None, # of the masks and the background; found in the data. 2: all above 0 is foreground
                  latent_dim:int=100, # length of the noise
                  ngf:int=64, # feature maps of the outermost level of G_M and G_P
                  ngf_max:int|None=None, # and of the widest; 8 * ngf if not given

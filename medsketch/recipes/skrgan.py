@@ -94,7 +94,7 @@ class JointLosses:
         lazy = [Phase('R1', self.penalty, opt_ds, every=self.every)] if self.r1 else []
         return [Phase('G', self.g, opt_g), Phase('D_S', self.d_s, opt_ds), Phase('D_P', self.d_p, opt_dp), *lazy]
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #04c3f85c
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #5bf1401f
 class SkrGANStages:
     "What SkrGAN trains, and when"
     def networks(self):
@@ -133,7 +133,7 @@ class SkrGANStages:
                      lambda: self.stream(data, c['seed'] + 2), average=('G_S', 'G_P'), draw=lambda: self.grid(8),
                      refresh=dict(G_P=self.feed(data)))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #ebcb65d8
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #76e0612f
 class SkrGANParts:
     "Optimisers, batches and pictures of the stages"
     def _adam(self, *names, part=1.):
@@ -163,7 +163,7 @@ class SkrGANParts:
         rows = dict(sketch=shown['sketch'], rendered=made, image=shown['image'])
         return sample_grid(rows, tuple(rows))
 
-# %% ../../nbs/06_recipes/03_skrgan.ipynb #91213d1f
+# %% ../../nbs/06_recipes/03_skrgan.ipynb #9ce2a243
 class SkrGANDrawing:
     "How SkrGAN draws"
     @torch.no_grad()

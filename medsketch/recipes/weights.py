@@ -6,7 +6,7 @@
 __all__ = ['RENAMED', 'write_weights', 'weights_file', 'file_header', 'about', 'read_weights', 'misfits', 'take_up', 'read_run',
            'start_from']
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #dbe60fd0
+# %% ../../nbs/06_recipes/00_weights.ipynb #8cac9fe0
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import save as to_bytes
 from ..core import atomic_write, weights_name
 from ..train.checkpoints import checkpoints
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #7c636104
+# %% ../../nbs/06_recipes/00_weights.ipynb #e932815f
 def write_weights(
     path, # the .safetensors file
     nets:dict, # {name: module}
@@ -35,7 +35,7 @@ def write_weights(
         with atomic_write(path) as f: f.write(data)
     except OSError as e: raise RuntimeError(f"could not write {path}: {e.strerror or e}") from e
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #62b8be9d
+# %% ../../nbs/06_recipes/00_weights.ipynb #e07f8103
 RENAMED = dict(hand='variants', place='position', local='consistency')  # arguments of earlier versions
 
 def weights_file(
@@ -80,7 +80,7 @@ def read_weights(
         raise ValueError(f"{path} is not a file that medsketch saved ({e})") from None
     return out
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #87f42bd5
+# %% ../../nbs/06_recipes/00_weights.ipynb #84259da9
 def misfits(
     nets:dict, # {name: module}, the networks there are
     found:dict, # {name: {tensor's name: tensor}}, what a file holds of them
@@ -106,7 +106,7 @@ def take_up(
     for k, net in nets.items():
         for n, t in net.state_dict().items(): t.copy_(found[k][n])
 
-# %% ../../nbs/06_recipes/00_weights.ipynb #f1334f70
+# %% ../../nbs/06_recipes/00_weights.ipynb #65ac340b
 def read_run(
     path, # a .safetensors file, or the folder of a run, finished or not
 ) -> dict: # {network: {tensor's name: tensor}}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASE', 'THUMB', 'STYLES', 'DIRECTIONS', 'METHODS', 'SketchStyle', 'get_style', 'sobel_sketch', 'sobel_sketch_torch',
-           'sobel_sketch_batch', 'canny_sketch', 'contour_sketch', 'sketch', 'add_sketches', 'sketch_file',
+           'sobel_sketch_batch', 'canny_sketch', 'contour_sketch', 'sketch', 'pixels_of', 'add_sketches', 'sketch_file',
            'read_sketch']
 
 # %% ../../nbs/03_sketch/00_edges.ipynb #f00dfd2b
@@ -367,6 +367,16 @@ def sketch(
     raise ValueError(f"unknown sketch method {method!r}; use one of {', '.join(METHODS)}")
 
 # %% ../../nbs/03_sketch/00_edges.ipynb #4a7b662c
+def pixels_of(
+    ds, # an `ImageData`
+    i:int, # which image
+) -> np.ndarray: # (H, W, C) uint8
+    "An image as pixels; floats outside [-1, 1], such as standardised MR, from their smallest to their largest"
+    a = np.moveaxis(np.asarray(ds.images[i]), 0, -1)
+    if a.dtype == np.uint8: return np.ascontiguousarray(a)
+    low, high = (-1., 1.) if np.abs(a).max() <= 1.001 else (float(a.min()), float(a.max()))
+    return np.ascontiguousarray(np.clip((a - low) / (high - low) * 255, 0, 255).round().astype(np.uint8))
+
 def add_sketches(
     ds, # an `ImageData`
     method:str='sobel', # one of `METHODS`; 'contour' needs masks
@@ -376,12 +386,12 @@ def add_sketches(
     "Draw every image of a data set, once. Raises `ValueError` for contours without masks"
     if method == 'contour' and ds.masks is None:
         raise ValueError("contour sketches need masks, and this data set has none")
-    style, source = get_style(style), ds.masks if method == 'contour' else ds.images
+    style = get_style(style)
     if soft: style = replace(style, binary=False)
     drawn = np.empty((len(ds), ds.size, ds.size), np.uint8)
     rows = range(len(ds))
     for i in progress_bar(rows, leave=False) if len(ds) > 500 and interactive() else rows:
-        one = source[i] if method == 'contour' else np.ascontiguousarray(np.moveaxis(source[i], 0, -1))
+        one = ds.masks[i] if method == 'contour' else pixels_of(ds, i)
         drawn[i] = np.round(sketch(one, method, style) * 255)
     return ds.with_sketches(drawn)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mask_planes', 'soften', 'plane_masks', 'clean_masks']
 
-# %% ../../nbs/03_sketch/02_masks.ipynb #cf81bc74
+# %% ../../nbs/03_sketch/02_masks.ipynb #7932936e
 import cv2
 import numpy as np
 import torch

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .edges import BASE, _weights, canny_sketch, contour_sketch, get_style, sobel_sketch
+from .edges import BASE, pixels_of, _weights, canny_sketch, contour_sketch, get_style, sobel_sketch
 
 # %% ../../nbs/03_sketch/01_variants.ipynb #1289142b
 def mask_strokes(
@@ -69,7 +69,7 @@ def add_variants(
     "A data set of all the sketch variants of another. Raises `ValueError` for an unknown style"
     rows, drawn = [], []
     for i in range(len(ds)):
-        image = np.ascontiguousarray(np.moveaxis(ds.images[i], 0, -1))
+        image = pixels_of(ds, i)
         for s in sketch_variants(image, None if ds.masks is None else ds.masks[i], style).values():
             rows.append(i), drawn.append(np.round(s * 255).astype(np.uint8))
     return ds.subset(rows).with_sketches(np.stack(drawn))

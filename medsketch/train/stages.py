@@ -20,7 +20,7 @@ from .callbacks import CsvLog, Ema, Progress, SampleGrid, Track
 from .checkpoints import Checkpoint, StopOnNan, checkpoints, read_checkpoint, sweep
 from .trainer import Callback, Trainer, make_accelerator
 
-# %% ../../nbs/05_train/05_stages.ipynb #776ef912
+# %% ../../nbs/05_train/05_stages.ipynb #99d019d0
 @dataclass
 class Stage:
     "One stage of a paper's training"
@@ -37,7 +37,7 @@ class Stage:
     refresh:dict=field(default_factory=dict) # {network: feed(net)}, forward passes that settle its batch norm
     meta:dict=field(default_factory=dict) # what else a checkpoint must agree with
 
-# %% ../../nbs/05_train/05_stages.ipynb #74efd2e5
+# %% ../../nbs/05_train/05_stages.ipynb #92d202f0
 def choose(
     stages:list, # of `Stage`
     names=None, # which of them to train; None for all
@@ -48,7 +48,7 @@ def choose(
         raise ValueError(f"no stage is called {odd[0]!r}; there are: {', '.join(known)}")
     return list(names or known)
 
-# %% ../../nbs/05_train/05_stages.ipynb #81e33e7a
+# %% ../../nbs/05_train/05_stages.ipynb #d4dae4dc
 def read_config(
     out, # the run's folder
 ) -> dict: # what config.json holds; empty if there is none
@@ -68,7 +68,7 @@ def write_config(
         with atomic_write(Path(out)/'config.json', 'w') as f: json.dump(config, f, indent=1)
     except OSError as e: raise ValueError(f"cannot write to {out}: {e.strerror or e}") from None
 
-# %% ../../nbs/05_train/05_stages.ipynb #84c107ee
+# %% ../../nbs/05_train/05_stages.ipynb #9d41e9de
 def open_run(
     recipe, # what is trained: has a `name` and a `config`
     out, # the run's folder
@@ -105,7 +105,7 @@ def _difference(a, b):
         return f"{k}: {_difference(a.get(k), b.get(k))}"
     return f"{a!r} there, {b!r} now"
 
-# %% ../../nbs/05_train/05_stages.ipynb #d2ff9618
+# %% ../../nbs/05_train/05_stages.ipynb #980a5ff4
 def note_frozen(
     out, # the run's folder
     stage:str, # name of the stage
@@ -120,7 +120,7 @@ def note_frozen(
         raise ValueError(f"stage {stage} of {out} began with other weights of {k}: choose another output folder")
     if stage not in noted: write_config(out, config | dict(frozen=noted | {stage: found}))
 
-# %% ../../nbs/05_train/05_stages.ipynb #bb106264
+# %% ../../nbs/05_train/05_stages.ipynb #bcab5be0
 def newest_checkpoint(
     folder, # a stage's checkpoint folder
     meta:dict, # what the checkpoint must agree with
@@ -137,7 +137,7 @@ def newest_checkpoint(
                                  "use another output folder")
         return state
 
-# %% ../../nbs/05_train/05_stages.ipynb #67e28ff7
+# %% ../../nbs/05_train/05_stages.ipynb #aa4392d3
 class Made(Callback):
     "How many steps were made since training was taken up"
     def before_fit(self, trainer): self.first = trainer.step
