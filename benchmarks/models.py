@@ -102,7 +102,8 @@ def row(name, unit, target, per, bf16, peak, seconds, flops, params, memory):
 
 def rows(peak):
     threads = torch.get_num_threads()
-    out = [row(name, 's/image', targets[bf16], batch, bf16, peak, *alone(measure_step, make, size, batch, bf16, threads))
+    step = lambda *args: alone(measure_step, *args, threads)
+    out = [row(name, 's/image', targets[bf16], batch, bf16, peak, *step(make, size, batch, bf16))
            for name, make, size, batch, *targets in STEPS for bf16 in (False, True)]
     # float32 is for comparison: bfloat16 renders the same pixels to about one 8-bit level (nbs/04_models/03_unet.ipynb)
     return out + [row('render 256 px', 'ms', 40 if bf16 else None, 1, bf16, peak, *alone(measure_render, bf16, threads))
