@@ -81,8 +81,8 @@ def test_a_package_of_ones_own(monkeypatch):
 
 
 HOSTILE = ['os:system', 'builtins:eval', 'subprocess:Popen', 'torch:load', 'torch.hub:load', 'monai.networks_evil:Net',
-           'monai.networks:os.system', 'medsketch.__main__:x', 'monai.bundle:load', 'medsketch', 'medsketch:', ':system',
-           '', 'monai.networks.nets:BasicUNet\n', 'medsketchy.nets:Net', 'monai.networks.nets.__init__:BasicUNet']
+           'monai.networks:os.system', 'medsketch.__main__:x', 'monai.bundle:load', 'medsketch', 'medsketch:',
+           ':system', '', 'monai.networks.nets:BasicUNet\n', 'medsketchy.nets:Net', 'monai.networks.nets.__init__:BasicUNet']
 NO_NETWORK = ['medsketch.core:save_png', 'medsketch.core:os', 'medsketch.models.unet:nn', 'medsketch.models.unet:copy',
               'monai.networks.nets:resnet18', 'monai.networks.utils:save_state', 'medsketch.recipes.skrgan:SkrGAN',
               'medsketch.models.factory:FromElsewhere.forward', 'monai.networks.trt_compiler:TrtCompiler']
