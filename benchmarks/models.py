@@ -94,14 +94,17 @@ STEPS = [  # name, step, size, batch, target s/image in float32 and in bfloat16
 
 def row(name, unit, target, per, bf16, peak, seconds, flops, params, memory):
     value = seconds / per * (1000 if unit == 'ms' else 1)
-    note = (f"{' + '.join(f'{p / 1e6:.1f} M' for p in params)} parameters, {flops / per / 1e9:.0f} GFLOP and {per / seconds:.1f} images/s, "
+    size = ' + '.join(f'{p / 1e6:.1f} M' for p in params)
+    note = (f"{size} parameters, {flops / per / 1e9:.0f} GFLOP and {per / seconds:.1f} images/s, "
             f"{flops / seconds / 1e9 / peak:.0%} of peak, {memory:.1f} GB")
     return Row(f"{name}, {'bf16' if bf16 else 'fp32'}", value, unit, target, note)
 
 
 def rows(peak):
     threads = torch.get_num_threads()
-    out = [row(name, 's/image', targets[bf16], batch, bf16, peak, *alone(measure_step, make, size, batch, bf16, threads))
+    step = lambda *args: alone(measure_step, *args, threads)
+    out = [row(name, 's/image', targets[bf16], batch, bf16, peak, *step(make, size, batch, bf16))
            for name, make, size, batch, *targets in STEPS for bf16 in (False, True)]
     # float32 is for comparison: bfloat16 renders the same pixels to about one 8-bit level (nbs/04_models/03_unet.ipynb)
-    return out + [row('render 256 px', 'ms', 40 if bf16 else None, 1, bf16, peak, *alone(measure_render, bf16, threads)) for bf16 in (False, True)]
+    return out + [row('render 256 px', 'ms', 40 if bf16 else None, 1, bf16, peak, *alone(measure_render, bf16, threads))
+                  for bf16 in (False, True)]

@@ -80,12 +80,14 @@ def test_a_package_of_ones_own(monkeypatch):
     assert isinstance(net.net, nn.Conv2d)
 
 
-HOSTILE = ['os:system', 'builtins:eval', 'subprocess:Popen', 'torch:load', 'torch.hub:load', 'monai.networks_evil:Net',
-           'monai.networks:os.system', 'medsketch.__main__:x', 'monai.bundle:load', 'medsketch', 'medsketch:', ':system',
-           '', 'monai.networks.nets:BasicUNet\n', 'medsketchy.nets:Net', 'monai.networks.nets.__init__:BasicUNet']
+HOSTILE = ['medsketch.models.factory:FromElsewhere.forward', 'os:system', 'builtins:eval', 'subprocess:Popen',
+           'torch:load', 'torch.hub:load', 'monai.networks_evil:Net',
+           'monai.networks:os.system', 'medsketch.__main__:x', 'monai.bundle:load', 'medsketch', 'medsketch:',
+           ':system', '', 'monai.networks.nets:BasicUNet\n',
+           'medsketchy.nets:Net', 'monai.networks.nets.__init__:BasicUNet']
 NO_NETWORK = ['medsketch.core:save_png', 'medsketch.core:os', 'medsketch.models.unet:nn', 'medsketch.models.unet:copy',
               'monai.networks.nets:resnet18', 'monai.networks.utils:save_state', 'medsketch.recipes.skrgan:SkrGAN',
-              'medsketch.models.factory:FromElsewhere.forward', 'monai.networks.trt_compiler:TrtCompiler']
+              'monai.networks.trt_compiler:TrtCompiler']
 
 
 @pytest.mark.parametrize('name', HOSTILE + NO_NETWORK)
@@ -93,10 +95,10 @@ def test_a_stranger_runs_nothing(name, monkeypatch, tmp_path):
     "Names outside the list are not even imported; functions, modules and other classes inside it are not called"
     import importlib
     real, asked = importlib.import_module, []
-    monkeypatch.setattr(factory.importlib, 'import_module', lambda m: asked.append(m) or real(m))
+    monkeypatch.setattr(factory.importlib, 'import_module', lambda *a: asked.append(a[0]) or real(*a))
     with pytest.raises(ValueError) as e: build({'factory': name, 'kwargs': {'command': f'touch {tmp_path}/x'}})
     assert one_line(e) and not list(tmp_path.iterdir())
-    assert all(m.partition('.')[0] in ('medsketch', 'monai') for m in asked) and (name in NO_NETWORK or not asked)
+    assert asked[:1] == ([name.partition(':')[0]] if name in NO_NETWORK else [])     # MONAI imports more in its turn
     assert 'register(' in str(e.value)
 
 
