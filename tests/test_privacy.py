@@ -118,8 +118,8 @@ def test_false_alarms_keep_the_level_whatever_the_number_of_images(dim, held, n)
     for s in range(60):
         got = cloud_check(dim, held, n, seed=s)
         alarms += got.p < .1
-        copies += got.verdicts.count('copy')
-    assert alarms <= 12 and copies <= 1
+        copies += 'copy' in got.verdicts
+    assert alarms <= 12 and copies <= 3  # a copy is at a level of 1 %
 
 
 def test_the_earlier_rule_would_have_raised_the_alarm():
@@ -128,7 +128,7 @@ def test_the_earlier_rule_would_have_raised_the_alarm():
     assert sum(early) > 20
 
 
-@pytest.mark.parametrize(('dim', 'distance'), [(2, 0.), (2, 1e-4), (8, .02), (32, .3), (64, .45)])
+@pytest.mark.parametrize(('dim', 'distance'), [(2, 0.), (2, 1e-6), (8, .01), (32, .15), (64, .2)])
 def test_one_copy_among_a_thousand_is_found(dim, distance):
     found = [cloud_check(dim, seed=s, copies=[distance]) for s in range(10)]
     assert sum(got.alarm for got in found) >= 9
@@ -152,11 +152,10 @@ def test_the_tail_is_exact_for_a_power_law():
     "Distances of a power law: the predicted chance of a new one is uniform, though its exponent is estimated"
     rng = np.random.default_rng(0)
     p = []
-    for _ in range(4000):
-        r = rng.random(21) ** (1 / 7)
-        p.append(tail_chance(r[20:], r[:20])[0])
-    p = np.array(p)
-    for level in (.3, .1, .03, .01): assert (p < level).mean() == pytest.approx(level, rel=.35)
+    for _ in range(2000):
+        r = rng.random(60) ** (1 / 7)
+        p.append(tail_chance(r[20:], r[:20]))
+    for level in (.3, .1, .03, .01): assert (np.stack(p) < level).mean() == pytest.approx(level, rel=.2)
     assert tail_chance([0.], [0., 0., 1.])[0] == 0 and tail_chance([.5], [0., 0., 1.])[0] == 1
 
 

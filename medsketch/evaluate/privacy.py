@@ -132,7 +132,7 @@ def binomial_interval(
     "Exact interval of a share (Clopper and Pearson 1934)"
     return tuple(float(v) for v in stats.binomtest(s, m).proportion_ci(level, 'exact'))
 
-# %% ../../nbs/07_evaluate/05_privacy.ipynb #f63eb594
+# %% ../../nbs/07_evaluate/05_privacy.ipynb #f122442e
 def tail_chance(
     distance, # (m,) nearest distances of images
     reference, # (n,) independent nearest distances of real images, at least 3
@@ -146,7 +146,7 @@ def tail_chance(
         p = (t + 1) / (len(r) + 1) * (1 + y / t) ** -t
     return np.where(d == 0, 0., np.where((d < r[t]) & np.isfinite(p), p, 1.))
 
-# %% ../../nbs/07_evaluate/05_privacy.ipynb #82a0d224
+# %% ../../nbs/07_evaluate/05_privacy.ipynb #b03c6b63
 def _independent(real, mutual):
     "Sorted reference distances. Mutual neighbours share one distance, and count once"
     return sorted(real)[::2] if mutual else sorted(real)
@@ -185,11 +185,11 @@ class View:
         return chance(self.found, len(self.distance), self.k, self.n)
 
     @property
-    def p_near(self) -> np.ndarray: # (m,) so near an image among m
+    def p_near(self) -> np.ndarray: # (m,) so near an image, corrected for their number
         reference = _independent(self.real, len(self.real) > self.n)
-        return np.minimum(1, len(self.distance) * tail_chance(self.distance, reference))
+        return stats.false_discovery_control(tail_chance(self.distance, reference))
 
-# %% ../../nbs/07_evaluate/05_privacy.ipynb #0a6846bf
+# %% ../../nbs/07_evaluate/05_privacy.ipynb #741525d0
 def _ratios(view):
     "Distances over the reference's median: about 1 for honest images"
     m = _median(view.real)
@@ -206,7 +206,7 @@ def _severity(view, i):
     d = view.distance[i]
     return d / view.limit if view.limit else math.inf if d else 0.
 
-# %% ../../nbs/07_evaluate/05_privacy.ipynb #bb894d16
+# %% ../../nbs/07_evaluate/05_privacy.ipynb #c05ae0b2
 @dataclass
 class Privacy:
     "Verdicts on synthetic images, and where they come from"
@@ -270,7 +270,7 @@ class Privacy:
         "Medians per view, the counts, and what they mean"
         return _table(self, format)
 
-# %% ../../nbs/07_evaluate/05_privacy.ipynb #d6ecfd77
+# %% ../../nbs/07_evaluate/05_privacy.ipynb #3e808288
 def _verdicts(privacy):
     "A copy is near in the sense of the limit, and of chance"
     seen = lambda v: [_severity(v, i) <= .5 and p * privacy.tests < privacy.level for i, p in enumerate(v.p_near)]
@@ -301,7 +301,7 @@ def _as_dict(privacy):
     return about | dict(n=len(privacy), counts={v: verdicts.count(v) for v in VERDICTS}, verdicts=verdicts,
                         views=[asdict(v) for v in privacy.views])
 
-# %% ../../nbs/07_evaluate/05_privacy.ipynb #18135bf5
+# %% ../../nbs/07_evaluate/05_privacy.ipynb #7095e35c
 _COLUMNS = ('', 'distance', 'real', 'ratio', 'limit', 'nearest/second', 'real', 'nearer than real', 'below limit')
 
 def _row(v):
@@ -367,7 +367,7 @@ def _looks(asked, train, side, extractors, ways, candidates, groups, chunk):
     views = [pixel, ssim_among(pictures, keys, pixel[1], pixel[2], ways)]
     return views + [nearest(f.split(chunk, 1), g[0], 2, groups) for f, g in zip(features, key_features)]
 
-# %% ../../nbs/07_evaluate/05_privacy.ipynb #50321ae3
+# %% ../../nbs/07_evaluate/05_privacy.ipynb #ecaca159
 def privacy_check(
     fake, # synthetic images, as for `image_batches`
     train, # the images the generator was trained on, all of them; at least 10, or 3 with `held`
@@ -404,7 +404,7 @@ def privacy_check(
     return Privacy(views, 'leave-one-out' if held is None else other, len(sets['training'][0]), alpha, level=level,
                    pictures=(sets['synthetic'][0], sets['training'][0]), ways=ways)
 
-# %% ../../nbs/07_evaluate/05_privacy.ipynb #b0ad69e3
+# %% ../../nbs/07_evaluate/05_privacy.ipynb #e2b586d0
 def _check_arguments(alpha, level, moves, shift, side):
     for name, v in dict(alpha=alpha, level=level).items():
         if not 0 < v < 1: raise ValueError(f"{name} is {v}; it is a share, such as .01")
