@@ -1,4 +1,5 @@
 """Nothing is cut off, overlaps or hangs over the edge: on several screens, and with larger text."""
+
 import pytest
 
 LARGER = """size => { const s = document.documentElement.style; s.fontSize = 16 * size + 'px';
@@ -10,10 +11,16 @@ CONTROLS = """root => [...root.querySelectorAll('button, select, input:not([type
 
 
 def overlap(a, b):
-    return min(a["right"], b["right"]) - max(a["left"], b["left"]) > 1 and min(a["bottom"], b["bottom"]) - max(a["top"], b["top"]) > 1
+    return (
+        min(a["right"], b["right"]) - max(a["left"], b["left"]) > 1
+        and min(a["bottom"], b["bottom"]) - max(a["top"], b["top"]) > 1
+    )
 
 
-@pytest.mark.parametrize("width, height, text", [(1280, 900, 1), (1024, 768, 1), (1280, 900, 1.25), (1024, 768, 1.25), (800, 900, 1.25), (390, 800, 1)])
+@pytest.mark.parametrize(
+    "width, height, text",
+    [(1280, 900, 1), (1024, 768, 1), (1280, 900, 1.25), (1024, 768, 1.25), (800, 900, 1.25), (390, 800, 1)],
+)
 def test_nothing_is_cut_off_or_overlaps(studio, width, height, text):
     page = studio.page
     before = studio.settled()
