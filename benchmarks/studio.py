@@ -1,4 +1,4 @@
-"The studio in Chromium: from the end of a stroke to the new image on the screen, and the pointer to its ink; the renderers alone."
+"The studio in Chromium: from the end of a stroke to the new image on the screen, pointer to ink; the renderers alone."
 
 import tempfile
 from pathlib import Path
@@ -23,18 +23,23 @@ from tests.browser.pages import (
 STROKES, MOVES, PAUSE = 50, 12, 16  # moves per stroke, milliseconds between them: a hand at 60 events a second
 PGSGAN = 5.58  # s on a CPU for one image of 512 px, as its paper says
 
-# All clocks are the page's own. An image counts as shown at the end of the frame that follows its load; ink when a frame finds the canvas
-# dark under the pointer. Of the images that come after a stroke ends, the last one is the stroke's: earlier ones show it half drawn.
-WATCH = """() => { const b = window.bench = {up: 0, shown: 0, ink: [], errors: 0}, sheet = document.querySelector('canvas.medsketch-sheet');
-    const after = f => requestAnimationFrame(() => { const c = new MessageChannel(); c.port1.onmessage = () => f(performance.now()); c.port2.postMessage(0) });
+# All clocks are the page's own. An image counts as shown at the end of the frame that follows its load;
+# ink when a frame finds the canvas dark under the pointer. Of the images that come after a stroke ends, the last one is
+# the stroke's: earlier ones show it half drawn.
+WATCH = """() => { const b = window.bench = {up: 0, shown: 0, ink: [], errors: 0},
+    sheet = document.querySelector('canvas.medsketch-sheet');
+    const after = f => requestAnimationFrame(() => { const c = new MessageChannel();
+        c.port1.onmessage = () => f(performance.now()); c.port2.postMessage(0) });
     document.addEventListener('mouseup', () => { b.up = performance.now() }, true);
     document.querySelector('img.medsketch-image').addEventListener('load', () => after(t => { b.shown = t }));
     let waits = null; const pen = sheet.getContext('2d', {willReadFrequently: true});
     const dark = p => pen.getImageData(p.x, p.y, 1, 1).data[1] < 90;
-    const look = () => { if (waits && dark(waits)) { b.ink.push(performance.now() - waits.t); waits = null } requestAnimationFrame(look) };
+    const look = () => { if (waits && dark(waits)) { b.ink.push(performance.now() - waits.t); waits = null }
+        requestAnimationFrame(look) };
     look();
     sheet.addEventListener('mousemove', e => { if (!(e.buttons & 1) || waits) return;
-        const r = sheet.getBoundingClientRect(), p = {t: performance.now(), x: (e.clientX - r.left) * sheet.width / r.width, y: (e.clientY - r.top) * sheet.height / r.height};
+        const r = sheet.getBoundingClientRect(), p = {t: performance.now(),
+            x: (e.clientX - r.left) * sheet.width / r.width, y: (e.clientY - r.top) * sheet.height / r.height};
         if (!dark(p)) waits = p }, true) }"""
 
 
@@ -117,7 +122,8 @@ def rows(peak):
             seconds * 1e3,
             'ms',
             80,
-            f'{weights / 1e6:.1f} M parameters, {after:.2f} GB at most, {before:.2f} GB of them Python and its libraries',
+            f'{weights / 1e6:.1f} M parameters, {after:.2f} GB at most, '
+                f'{before:.2f} GB of them Python and its libraries',
         )
     ]
     for bf16 in (False, True):
@@ -128,7 +134,8 @@ def rows(peak):
                 seconds,
                 's',
                 0.35 if bf16 else None,
-                f'{weights / 1e6:.0f} M parameters, {memory:.1f} GB; PGSgan: {PGSGAN} s, {PGSGAN / seconds:.0f} times as long',
+                f'{weights / 1e6:.0f} M parameters, {memory:.1f} GB; '
+                f'PGSgan: {PGSGAN} s, {PGSGAN / seconds:.0f} times as long',
             )
         )
     (shown, model), ink = in_browser(threads)

@@ -105,14 +105,16 @@ def run_notebook(page, url):
     opened(page, url.split("?")[0].rsplit("/", 1)[-1])
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     bad = page.evaluate("""() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap(
-        c => c.model.type == 'code' ? c.model.sharedModel.getOutputs().filter(o => o.output_type == 'error').map(o => o.evalue) : [])""")
+        c => c.model.type == 'code' ? c.model.sharedModel.getOutputs()
+            .filter(o => o.output_type == 'error').map(o => o.evalue) : [])""")
     assert not bad, bad
 
 
 def opened(page, name):
     "Wait until JupyterLab has opened a notebook and its kernel"
     page.wait_for_function(
-        "name => { const c = window.jupyterapp?.shell?.currentWidget?.context; return c?.isReady && c.path.endsWith(name) }",
+        "name => { const c = window.jupyterapp?.shell?.currentWidget?.context; "
+        "return c?.isReady && c.path.endsWith(name) }",
         arg=name,
         timeout=PATIENCE * 1000,
     )
@@ -168,7 +170,8 @@ class Studio:
         "The bytes of the image on the page"
         return base64.b64decode(
             self.img.evaluate("""async i => { const b = await (await fetch(i.src)).blob();
-            return await new Promise(done => { const r = new FileReader(); r.onload = () => done(r.result.split(',')[1]); r.readAsDataURL(b) }) }""")
+            return await new Promise(done => { const r = new FileReader();
+                r.onload = () => done(r.result.split(',')[1]); r.readAsDataURL(b) }) }""")
         )
 
     def settled(self, quiet=0.7, seconds=PATIENCE):

@@ -3,11 +3,16 @@
 import pytest
 
 LARGER = """size => { const s = document.documentElement.style; s.fontSize = 16 * size + 'px';
-    for (const [k, px] of [['--jp-widgets-font-size', 13], ['--jp-ui-font-size1', 13], ['--jp-content-font-size1', 14]]) s.setProperty(k, px * size + 'px') }"""
-CONTROLS = """root => [...root.querySelectorAll('button, select, input:not([type=file]), canvas, img, .widget-label, .noUi-target, figcaption, .medsketch-say')]
-    .map(e => [e, e.getBoundingClientRect()]).filter(([e, r]) => r.width > 0 && r.height > 0 && getComputedStyle(e).visibility != 'hidden')
-    .map(([e, r]) => ({text: (e.innerText || e.placeholder || e.title || e.tagName).trim(), tag: e.tagName, left: r.left, top: r.top, right: r.right, bottom: r.bottom,
-        cut: ['BUTTON', 'LABEL', 'FIGCAPTION'].includes(e.tagName) && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 2)}))"""
+    for (const [k, px] of [['--jp-widgets-font-size', 13], ['--jp-ui-font-size1', 13],
+                           ['--jp-content-font-size1', 14]]) s.setProperty(k, px * size + 'px') }"""
+CONTROLS = """root => [...root.querySelectorAll(
+    'button, select, input:not([type=file]), canvas, img, .widget-label, .noUi-target, figcaption, .medsketch-say')]
+    .map(e => [e, e.getBoundingClientRect()])
+    .filter(([e, r]) => r.width > 0 && r.height > 0 && getComputedStyle(e).visibility != 'hidden')
+    .map(([e, r]) => ({text: (e.innerText || e.placeholder || e.title || e.tagName).trim(), tag: e.tagName,
+        left: r.left, top: r.top, right: r.right, bottom: r.bottom,
+        cut: ['BUTTON', 'LABEL', 'FIGCAPTION'].includes(e.tagName)
+            && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 2)}))"""
 
 
 def overlap(a, b):

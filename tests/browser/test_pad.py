@@ -1,4 +1,4 @@
-"""A pad with several classes in JupyterLab: the palette, the region tool, and keys that the notebook has other uses for."""
+"""A pad with several classes in JupyterLab: palette, region tool, and keys that the notebook uses as well."""
 
 import numpy as np
 import pytest

@@ -20,7 +20,8 @@ from medsketch.studio.strokes import Drawing, Picture
 DATA = Path(os.environ.get("MEDSKETCH_DATA", Path(__file__).parents[3] / "shared/data"))
 FAST = """async (sheet, lines) => { for (const [from, to] of lines) {  // a hundred strokes a second
     for (const [kind, [x, y]] of [['mousemove', from], ['mousedown', from], ['mousemove', to], ['mouseup', to]])
-        sheet.dispatchEvent(new MouseEvent(kind, {bubbles: true, clientX: x, clientY: y, buttons: kind == 'mouseup' ? 0 : 1}));
+        sheet.dispatchEvent(new MouseEvent(kind, {
+            bubbles: true, clientX: x, clientY: y, buttons: kind == 'mouseup' ? 0 : 1}));
     await new Promise(done => setTimeout(done, 10)) } }"""
 VEE = ((0.3, 0.6), (0.5, 0.35), (0.7, 0.6))
 
