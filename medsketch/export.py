@@ -24,7 +24,9 @@ import torch
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
-from .core import atomic_write, from_uint8, interactive, pictures, png_bytes, sample_grid, save_png, sketch_to_uint8, to_uint8, torch_rng, weights_name
+from .core import (
+    atomic_write, from_uint8, interactive, markdown_table, pictures, png_bytes, sample_grid, save_png, sketch_to_uint8,
+    to_uint8, torch_rng, weights_name)
 from .data import ImageData
 from .evaluate.features import thumbnails
 from .evaluate.metrics import check_images
@@ -39,19 +41,24 @@ def chunk_seed(
     "The seed that a chunk is drawn with: the set's own for the first, one derived from it for the others"
     return seed if k == 0 else torch_rng(seed, k).initial_seed()
 
+# %% ../nbs/10_export.ipynb #f22a54cf
 def draw(
     recipe, # a `Recipe`
     n:int, # how many
     seed:int=0, # of the chunk
-) -> dict: # image (n, C, H, W) in [-1, 1]; sketch (n, 1, H, W), mask (n, H, W) and label (n,) where the recipe draws them; on the CPU
+) -> dict: # image (n, C, H, W) in [-1, 1]; sketch (n, 1, H, W), mask (n, H, W), label (n,) if drawn; on the CPU
     "Samples of a recipe, checked. Raises `ValueError` if it cannot sample, or draws no images"
     name = getattr(recipe, 'name', '') or type(recipe).__name__
-    if not hasattr(recipe, 'sample'): raise ValueError(f"{name} cannot sample: a data set needs a recipe that draws images from noise")
+    if not hasattr(recipe, 'sample'):
+        raise ValueError(f"{name} cannot sample: a data set needs a recipe that draws images from noise")
     batch = recipe.sample(n, seed=seed)
-    if 'image' not in batch: raise ValueError(f"recipe {name} draws {', '.join(batch)} but no images: train the stage that renders them first")
+    if 'image' not in batch:
+        raise ValueError(f"recipe {name} draws {', '.join(batch)} but no images: "
+                         "train the stage that renders them first")
     batch = {k: batch[k].detach().cpu() for k in ('image', 'sketch', 'mask', 'label') if k in batch}
     check_images(batch['image'], f'what {name} drew', n)
-    if 'mask' in batch and not 0 <= batch['mask'].min() <= batch['mask'].max() <= 255: raise ValueError(f"{name} drew masks with class ids outside 0 ... 255")
+    if 'mask' in batch and not 0 <= batch['mask'].min() <= batch['mask'].max() <= 255:
+        raise ValueError(f"{name} drew masks with class ids outside 0 ... 255")
     return batch
 
 # %% ../nbs/10_export.ipynb #c759d4ae
@@ -59,17 +66,39 @@ SC_IMAGE = '1.2.840.10008.5.1.4.1.1.7' # SOP class: Secondary Capture Image Stor
 
 def _pydicom():
     try: import pydicom
-    except ImportError as e: raise ImportError(f"writing DICOM needs pydicom ({e}): pip install 'medsketch[volumes]'") from None
+    except ImportError as e:
+        raise ImportError(f"writing DICOM needs pydicom ({e}): pip install 'medsketch[volumes]'") from None
     return pydicom
 
 def _describe(pixels):
     "Image Pixel and VOI LUT modules: 8 bits, shown as they are"
     h, w = pixels.shape[:2]
     colour = pixels.ndim == 3
-    out = dict(SamplesPerPixel=3 if colour else 1, PhotometricInterpretation='RGB' if colour else 'MONOCHROME2', Rows=h, Columns=w,
-               BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0)
-    return out | (dict(PlanarConfiguration=0) if colour else dict(WindowCenter='127.5', WindowWidth='255', VOILUTFunction='LINEAR_EXACT'))
+    out = dict(SamplesPerPixel=3 if colour else 1, PhotometricInterpretation='RGB' if colour else 'MONOCHROME2',
+               Rows=h, Columns=w, BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0)
+    if colour: return out | dict(PlanarConfiguration=0)
+    return out | dict(WindowCenter='127.5', WindowWidth='255', VOILUTFunction='LINEAR_EXACT')
 
+def _long_string(text): return ' '.join(text.replace('\\', '/').split())[:64] # what a DICOM Long String may hold
+
+# %% ../nbs/10_export.ipynb #7f377a10
+def _of_nobody(key, index):
+    "Patient module (PS3.3, C.7.1.1) of a person who does not exist"
+    set_id = hashlib.sha256(key.encode()).hexdigest()[:12]
+    return dict(PatientName=f'SYNTHETIC^{index:06d}', PatientID=f'SYN-{set_id}-{index:06d}', PatientBirthDate='',
+                PatientSex='', PatientIdentityRemoved='YES',
+                DeidentificationMethod='None needed: drawn by a program, of nobody')
+
+def _made_by(model):
+    "General and SC Equipment modules: what made the picture, and how"
+    return dict(Manufacturer='medsketch', ManufacturerModelName=_long_string(model),
+                SoftwareVersions=version('medsketch'), ConversionType='SYN')
+
+_DERIVED = dict(PatientOrientation='', ImageType=['DERIVED', 'SECONDARY'], BurnedInAnnotation='NO',
+                LossyImageCompression='00', DerivationDescription=(
+                    'Drawn from noise by a generative network. Not an image of any person, not for diagnosis.'))
+
+# %% ../nbs/10_export.ipynb #fc2f94ed
 def secondary_capture(
     pixels:np.ndarray, # (H, W) or (H, W, 3) uint8
     key:str, # what the set is: its UIDs follow from it
@@ -81,18 +110,16 @@ def secondary_capture(
 ): # `pydicom.Dataset` with file meta information
     "A picture as a DICOM Secondary Capture marked as synthetic (PS3.3, A.8.1). Raises `ImportError` without pydicom"
     dicom = _pydicom()
-    lo = lambda text: ' '.join(text.replace('\\', '/').split())[:64] # what a Long String may hold
     uid = lambda *level: dicom.uid.generate_uid(entropy_srcs=[repr((key, index, *level))])
-    patient = dict(PatientName=f'SYNTHETIC^{index:06d}', PatientID=f'SYN-{hashlib.sha256(key.encode()).hexdigest()[:12]}-{index:06d}', PatientBirthDate='', PatientSex='',
-                   PatientIdentityRemoved='YES', DeidentificationMethod='None needed: drawn by a program, of nobody')
-    study = dict(StudyInstanceUID=uid('study'), StudyDate='', StudyTime='', ReferringPhysicianName='', StudyID='1', AccessionNumber='', StudyDescription=lo(title))
-    series = dict(Modality=modality, SeriesInstanceUID=uid('series'), SeriesNumber=1, SeriesDescription='SYNTHETIC images', Laterality='')
-    device = dict(Manufacturer='medsketch', ManufacturerModelName=lo(model), SoftwareVersions=version('medsketch'), ConversionType='SYN')
-    image = dict(InstanceNumber=instance, PatientOrientation='', ImageType=['DERIVED', 'SECONDARY'], BurnedInAnnotation='NO', LossyImageCompression='00',
-                 DerivationDescription='Drawn from noise by a generative network. Not an image of any person, not for diagnosis.')
-    sop = dict(SpecificCharacterSet='ISO_IR 192', SOPClassUID=SC_IMAGE, SOPInstanceUID=uid('image', instance), SyntheticData='YES')
+    study = dict(StudyInstanceUID=uid('study'), StudyDate='', StudyTime='', ReferringPhysicianName='', StudyID='1',
+                 AccessionNumber='', StudyDescription=_long_string(title))
+    series = dict(Modality=modality, SeriesInstanceUID=uid('series'), SeriesNumber=1,
+                  SeriesDescription='SYNTHETIC images', Laterality='')
+    sop = dict(SpecificCharacterSet='ISO_IR 192', SOPClassUID=SC_IMAGE, SOPInstanceUID=uid('image', instance),
+               SyntheticData='YES', InstanceNumber=instance)
     ds = dicom.Dataset()
-    for k, v in (patient | study | series | device | image | sop | _describe(pixels)).items(): setattr(ds, k, v)
+    parts = _of_nobody(key, index) | study | series | _made_by(model) | _DERIVED | sop | _describe(pixels)
+    for k, v in parts.items(): setattr(ds, k, v)
     ds.add_new('PixelData', 'OB', pixels.tobytes() + b'\0' * (pixels.size % 2))
     ds.file_meta = dicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = dicom.uid.ExplicitVRLittleEndian
@@ -124,6 +151,7 @@ class Plan:
     def top(self) -> str: # folder of the list and its pictures, below that of the set
         return 'train' if self.format == 'hf' else ''
 
+# %% ../nbs/10_export.ipynb #ad71c628
 def write_sample(
     folder, # where the list will be
     sample:dict, # one sample: image, perhaps sketch, mask and label
@@ -131,24 +159,34 @@ def write_sample(
     plan:Plan,
 ) -> dict: # {column: value}; columns ending in file_name name the files
     "Write the files of one sample, each whole or not at all; gives its columns in the list"
-    folder, stem, line = Path(folder), f'{index:06d}', {}
-    for i, (end, pixels) in enumerate(pictures(sample['image']).items(), 1):
-        line[f'image{end}_file_name' if end else 'file_name'] = file = f"images/{stem}{end}.{'dcm' if plan.format == 'dicom' else 'png'}"
-        if plan.format == 'dicom':
-            ds = secondary_capture(pixels, plan.key, index, i, plan.modality, plan.name, plan.recipe)
-            line[f'sop_instance_uid{end}'] = str(ds.SOPInstanceUID)
-            ds.save_as(data := io.BytesIO(), enforce_file_format=True)
-        with atomic_write(folder/file) as f: f.write(data.getvalue() if plan.format == 'dicom' else png_bytes(pixels))
-    for kind, pixels in (('sketch', sketch_to_uint8), ('mask', lambda m: m.to(torch.uint8).numpy())):
+    folder, stem = Path(folder), f'{index:06d}'
+    line = _write_images(folder, stem, sample['image'], index, plan)
+    planes = dict(sketch=('sketches', sketch_to_uint8), mask=('masks', lambda m: m.to(torch.uint8).numpy()))
+    for kind, (where, pixels) in planes.items():
         if kind not in sample: continue
-        line[f'{kind}_file_name'] = file = f"{'sketches' if kind == 'sketch' else 'masks'}/{stem}.png"
+        line[f'{kind}_file_name'] = file = f'{where}/{stem}.png'
         save_png(folder/file, pixels(sample[kind]))
     if 'mask' in sample and plan.classes:
-        if (top := int(sample['mask'].max())) >= len(plan.classes): raise ValueError(f"the recipe drew class {top}; classes names only {len(plan.classes)}, the background included")
+        if (top := int(sample['mask'].max())) >= len(plan.classes):
+            named = len(plan.classes)
+            raise ValueError(f"the recipe drew class {top}; classes names only {named}, the background included")
         line['classes'] = list(plan.classes)
     if 'label' in sample:
         line['label'], names = int(sample['label']), plan.config.get('classes')
         if isinstance(names, dict): line['label_name'] = list(names)[line['label']]
+    return line
+
+def _write_images(folder, stem, image, index, plan):
+    "The picture, or one for each modality; gives their columns"
+    line, dicom = {}, plan.format == 'dicom'
+    for i, (end, pixels) in enumerate(pictures(image).items(), 1):
+        file = f"images/{stem}{end}.{'dcm' if dicom else 'png'}"
+        line[f'image{end}_file_name' if end else 'file_name'] = file
+        if dicom:
+            ds = secondary_capture(pixels, plan.key, index, i, plan.modality, plan.name, plan.recipe)
+            line[f'sop_instance_uid{end}'] = str(ds.SOPInstanceUID)
+            ds.save_as(data := io.BytesIO(), enforce_file_format=True)
+        with atomic_write(folder/file) as f: f.write(data.getvalue() if dicom else png_bytes(pixels))
     return line
 
 # %% ../nbs/10_export.ipynb #67b90482
@@ -158,14 +196,21 @@ def _open_set(out, plan):
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: choose a folder for the set")
     if path.exists():
         try: before = dict(json.loads(path.read_text('utf-8')))
-        except (OSError, ValueError, TypeError): raise ValueError(f"{path} cannot be read as the plan of an export: choose another folder") from None
-        differs = [k for k, v in plan.as_dict().items() if before.get(k) != v]
-        if differs: raise ValueError(f"{out} holds an export with another {differs[0]} ({str(before.get(differs[0]))[:60]} there, {str(plan.as_dict()[differs[0]])[:60]} now): choose another folder")
+        except (OSError, ValueError, TypeError):
+            raise ValueError(f"{path} cannot be read as the plan of an export: choose another folder") from None
+        now = plan.as_dict()
+        differs = next((k for k in now if before.get(k) != now[k]), None)
+        if differs:
+            raise ValueError(f"{out} holds an export with another {differs} ({str(before.get(differs))[:60]} there, "
+                             f"{str(now[differs])[:60]} now): choose another folder")
         return out
     if out.exists() and (found := sorted(p.name for p in out.iterdir() if not p.name.startswith('.'))):
         raise ValueError(f"{out} holds something else already ({found[0]}): choose another folder, or empty this one")
     with atomic_write(path, 'w') as f: json.dump(plan.as_dict(), f, indent=1)
     return out
+
+# %% ../nbs/10_export.ipynb #0079258c
+_ROWS = ('sketch', 'mask', 'image') # of the preview
 
 def _write_pictures(out, recipe, plan, progress):
     "Draw and write what is not there yet, and then the list"
@@ -176,15 +221,19 @@ def _write_pictures(out, recipe, plan, progress):
         if (parts/f'{k:06d}.jsonl').exists(): continue
         seed, lines = chunk_seed(plan.seed, k), []
         batch = draw(recipe, min(plan.chunk, plan.n - start), seed)
-        if k == 0: save_png(out/'preview.png', sample_grid({m: batch[m][:8] for m in ('sketch', 'mask', 'image') if m in batch}, ('sketch', 'mask', 'image')))
+        if k == 0:
+            first = {m: batch[m][:8] for m in _ROWS if m in batch}
+            save_png(out/'preview.png', sample_grid(first, _ROWS))
         for i in range(len(batch['image'])):
             files = write_sample(top, {m: v[i] for m, v in batch.items()}, start + i, plan)
-            lines.append(json.dumps(files | dict(recipe=plan.recipe, seed=plan.seed, index=start + i, draw_seed=seed, draw=i, synthetic=True)))
+            made = dict(recipe=plan.recipe, seed=plan.seed, index=start + i, draw_seed=seed, draw=i, synthetic=True)
+            lines.append(json.dumps(files | made))
         with atomic_write(parts/f'{k:06d}.jsonl', 'w') as f: f.write('\n'.join(lines) + '\n')
     with atomic_write(top/'metadata.jsonl') as f:
         for k in range(len(starts)): f.write((parts/f'{k:06d}.jsonl').read_bytes())
     shutil.rmtree(parts)
 
+# %% ../nbs/10_export.ipynb #3047735a
 def written(
     out, # folder of the set
     plan:Plan,
@@ -208,75 +257,124 @@ def set_scores(
     extractor=None, # for the FID; `thumbnails()` if not given
     seed:int=0, # of patches, pairs and halves
 ) -> Table: # None for fewer than 4 images
-    "SWD, MS-SSIM and, from 12 images on, FID of a set, and what two halves of the real images get; all from equally many images"
+    "SWD, MS-SSIM and, from 12 images on, FID, and the same between two halves of the real images; all of equal number"
     n = min(SCORED, len(real) // 2)
     fake = np.stack([to_uint8(x).transpose(2, 0, 1) for x in islice(chain.from_iterable(fake), n)])
     metrics = [m for m in ('swd', 'ms_ssim', 'fid') if min(n, len(fake)) >= least_images([m])]
-    return score_set(real, ImageData(fake), 'synthetic', metrics, extractor or thumbnails(), seed=seed) if metrics else None
+    if not metrics: return None
+    return score_set(real, ImageData(fake), 'synthetic', metrics, extractor or thumbnails(), seed=seed)
 
 # %% ../nbs/10_export.ipynb #c4c5d974
-FORMATS = {'folder': 'PNG', 'hf': 'PNG, in the `imagefolder` layout of Hugging Face', 'dicom': 'DICOM Secondary Capture, Synthetic Data (0008,001C) = YES; sketches and masks as PNG'}
+FORMATS = {'folder': 'PNG', 'hf': 'PNG, in the `imagefolder` layout of Hugging Face', 'dicom': (
+    'DICOM Secondary Capture, Synthetic Data (0008,001C) = YES; sketches and masks as PNG')}
+LICENCES = ('cc0-1.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc-by-nd-4.0', 'cc-by-nc-sa-4.0',
+            'cc-by-nc-nd-4.0', 'mit', 'apache-2.0', 'odbl', 'odc-by', 'pddl') # the Hub's names
 
 def _verdict(privacy):
     "What the privacy check means for whoever wants to share the set"
-    if privacy is None: return "> **Privacy not checked.** Nobody has compared these images with those the generator was trained on. It may have learned some by heart."
+    if privacy is None:
+        return ("> **Privacy not checked.** Nobody has compared these images with those the generator was trained on. "
+                "It may have learned some by heart.")
     copies, near, far = (privacy.verdicts.count(v) for v in VERDICTS)
     if privacy.alarm:
-        return (f"> **ALARM: do not share this set.** The privacy check found {copies} copies of training images and {near} images suspiciously near to one, "
-                f"among {len(privacy)} (see *Whose images are these?*). Remove them and find out why they are there, or train again.")
-    return f"> **Privacy checked, no alarm:** {far} of {len(privacy)} images lie as far from the {privacy.n_train} training images as new real images do."
+        return (f"> **ALARM: do not share this set.** The privacy check found {copies} copies of training images and "
+                f"{near} images suspiciously near to one, among {len(privacy)} (see *Whose images are these?*). "
+                "Remove them and find out why they are there, or train again.")
+    return (f"> **Privacy checked, no alarm:** {far} of {len(privacy)} images lie as far from the {privacy.n_train} "
+            "training images as new real images do.")
 
-LICENCES = ('cc0-1.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc-by-nd-4.0', 'cc-by-nc-sa-4.0', 'cc-by-nc-nd-4.0', 'mit', 'apache-2.0', 'odbl', 'odc-by', 'pddl') # the Hub's names
-
+# %% ../nbs/10_export.ipynb #e460da96
 def _card(plan, kinds, licence):
     "The YAML header of a Hugging Face dataset card"
-    slug = '-'.join(licence.lower().split())
-    tasks = ['unconditional-image-generation', *(['image-segmentation'] if 'mask' in kinds else []), *(['image-to-image'] if 'sketch' in kinds or 'mask' in kinds else [])]
-    size = next((s for limit, s in ((1e3, 'n<1K'), (1e4, '1K<n<10K'), (1e5, '10K<n<100K')) if plan.n < limit), '100K<n<1M')
-    terms = dict(license=slug) if slug in LICENCES else dict(license='other', license_name=slug) if slug else dict(license='unknown')
-    head = dict(pretty_name=plan.name, **terms, tags=['synthetic', 'medical', 'medsketch'], task_categories=tasks, size_categories=[size])
+    slug, sizes = '-'.join(licence.lower().split()), ((1e3, 'n<1K'), (1e4, '1K<n<10K'), (1e5, '10K<n<100K'))
+    tasks = ['unconditional-image-generation', *(['image-segmentation'] if 'mask' in kinds else [])]
+    if 'sketch' in kinds or 'mask' in kinds: tasks.append('image-to-image')
+    size = next((s for limit, s in sizes if plan.n < limit), '100K<n<1M')
+    if slug in LICENCES: terms = dict(license=slug)
+    else: terms = dict(license='other', license_name=slug) if slug else dict(license='unknown')
+    head = dict(pretty_name=plan.name, **terms, tags=['synthetic', 'medical', 'medsketch'], task_categories=tasks,
+                size_categories=[size])
     return '\n'.join(['---', *(f'{k}: {json.dumps(v, ensure_ascii=False)}' for k, v in head.items()), '---', ''])
 
 def _files(plan, line):
     "A table of what lies where"
     at = f'{plan.top}/' if plan.top else ''
-    kinds = dict(image='the image, 8 bits', sketch='the sketch it was drawn from: dark strokes on white', mask='the mask: class ids as grey values')
-    folders = dict(image='images', sketch='sketches', mask='masks')
-    names = ': ' + ', '.join(f'{i} {c}' for i, c in enumerate(plan.classes)) if plan.classes else ''
-    has = [k for k in kinds if k == 'image' or f'{k}_file_name' in line]
-    rows = [f'| `{at}{folders[k]}/` | {kinds[k]}{names if k == "mask" else ""} |' for k in has]
-    if 'file_name' not in line: rows[0] = f'| `{at}images/` | one picture per modality, names ending in `_1`, `_2` ... |'
-    return has, ['| | |', '|---|---|', *rows, f'| `{at}metadata.jsonl` | a line per image; columns ending in `file_name` name the files. `recipe.sample(draw + 1, seed=draw_seed)` draws image `draw` again |',
-                 '| `export.json` | the plan of the export |', '| `preview.png` | the first eight samples, masks in colour |']
+    kinds = dict(image='the image, 8 bits', sketch='the sketch it was drawn from: dark strokes on white',
+                 mask='the mask: class ids as grey values')
+    if plan.classes: kinds['mask'] += ': ' + ', '.join(f'{i} {c}' for i, c in enumerate(plan.classes))
+    folders, has = dict(image='images', sketch='sketches', mask='masks'), ['image']
+    has += [k for k in ('sketch', 'mask') if f'{k}_file_name' in line]
+    if 'file_name' not in line: kinds['image'] = 'one picture per modality, names ending in `_1`, `_2` ...'
+    rows = [(f'`{at}{folders[k]}/`', kinds[k]) for k in has]
+    rows += [(f'`{at}metadata.jsonl`', 'a line per image; columns ending in `file_name` name the files. '
+              '`recipe.sample(draw + 1, seed=draw_seed)` draws image `draw` again'),
+             ('`export.json`', 'the plan of the export'), ('`preview.png`', 'the first eight samples, masks in colour')]
+    return has, ['| | |', '|---|---|', *(f'| {a} | {b} |' for a, b in rows)]
+
+# %% ../nbs/10_export.ipynb #c2359f78
+def _code(text, kind=''): return f'```{kind}\n{text}\n```'
+
+def _contents(plan, has, size, files):
+    "What it is"
+    c, h, w = size
+    colour = {1: 'grey', 3: 'RGB'}.get(c, f'{c} modalities')
+    pairs = ''.join(f', each with its {k}' for k in has[1:])
+    return ['## What it is', f"{plan.n} images, {w} × {h} pixels, {colour}{pairs}. {FORMATS[plan.format]}.",
+            '\n'.join(files)]
+
+def _making(plan):
+    "How it was made"
+    call = (f"export_dataset(recipe, n={plan.n}, out=..., format='{plan.format}', seed={plan.seed}, "
+            f"chunk={plan.chunk}, name={plan.name!r}, classes={plan.classes}, modality={plan.modality!r})")
+    versions = ', '.join(f'{p} {version(p)}' for p in ('medsketch', 'torch', 'numpy'))
+    return ['## How it was made', f'Recipe `{plan.recipe}`, weights `{plan.weights}`, with {versions}, '
+            f'Python {platform.python_version()}:', _code(call, 'python'),
+            'Its configuration:', _code(json.dumps(plan.config, indent=1), 'json')]
+
+def _sources(source, licence, train):
+    "What it was made from, and its licence"
+    out = ['## What it was made from', source or '*Not stated.* Ask whoever gave you this set which images the '
+           'generator was trained on, and under which licence.']
+    if train is not None:
+        out.append(f'The generator was trained on {len(train)} images of {len(set(train.subjects))} subjects '
+                   f'(fingerprint `{train.fingerprint()}`). They are not part of this set.')
+    return [*out, '## Licence', licence or '*Not stated.* Without a licence this set may not be used or passed on.']
+
+# %% ../nbs/10_export.ipynb #a960193e
+def _likeness(scores, against, train):
+    "How like real images"
+    if not scores:
+        return ['*Not scored*: there were no real images to compare with.' if train is None else
+                '*Not scored*: fewer than 4 images say nothing.']
+    return [_code(scores.text()), f'Compared with {against}. SWD and FID: lower is nearer. MS-SSIM is the mean over '
+            'random pairs of one real and one synthetic image. *Two halves of the real*: the same scores between '
+            'halves of the real images, no subject in both. '
+            'Scores of different numbers of images, sizes or extractors cannot be compared.']
+
+def _whose(privacy):
+    "Whose images are these"
+    if not privacy: return ['*Not checked*, see above.']
+    number = lambda r: [f"{r['distance']:.3g}", f"{r['limit']:.3g}", f"{r['ratio']:.2f}"]
+    rows = [[r['image'], r['verdict'], r['view'], *number(r)] for r in privacy.worst(5)]
+    return [_code(privacy.table()), 'The nearest cases, by index in the set; *ratio* is the distance over the median '
+            'of real images:', markdown_table([['image', 'verdict', 'view', 'distance', 'limit', 'ratio'], *rows])]
+
+_LIMITS = ('- A generator repeats what it saw often and leaves out what it saw seldom: rare findings are missing or '
+           'wrong, and every bias of its source is here too.\n'
+           '- What was trained on these images has to be tested on real ones.\n'
+           '- Masks and sketches are what the generator meant to draw. No expert has looked at them.')
 
 def _datasheet(plan, line, size, source, licence, train, scores, against, privacy):
     "What a reader has to know about a set before using it"
     has, files = _files(plan, line)
-    code = lambda text, kind='': f'```{kind}\n{text}\n```'
-    call = f"export_dataset(recipe, n={plan.n}, out=..., format='{plan.format}', seed={plan.seed}, chunk={plan.chunk}, name={plan.name!r}, classes={plan.classes}, modality={plan.modality!r})"
-    versions = ', '.join(f'{p} {version(p)}' for p in ('medsketch', 'torch', 'numpy')) + f', Python {platform.python_version()}'
-    c, h, w = size
     head = [f'# {plan.name}', _verdict(privacy)]
-    parts = [*(reversed(head) if privacy and privacy.alarm else head), '> **Synthetic.** Every image was drawn from noise by a generative network; none was taken of a person. Not for diagnosis.',
-             '![The first samples](preview.png)', '## What it is',
-             f"{plan.n} images, {w} × {h} pixels, {'grey' if c == 1 else 'RGB' if c == 3 else f'{c} modalities'}{''.join(f', each with its {k}' for k in has[1:])}. {FORMATS[plan.format]}.", '\n'.join(files),
-             '## How it was made', f'Recipe `{plan.recipe}`, weights `{plan.weights}`, with {versions}:', code(call, 'python'), 'Its configuration:', code(json.dumps(plan.config, indent=1), 'json'),
-             '## What it was made from', source or '*Not stated.* Ask whoever gave you this set which images the generator was trained on, and under which licence.',
-             *([f'The generator was trained on {len(train)} images of {len(set(train.subjects))} subjects (fingerprint `{train.fingerprint()}`). They are not part of this set.'] if train is not None else []),
-             '## Licence', licence or '*Not stated.* Without a licence this set may not be used or passed on.',
-             '## How like real images', *(_score_part(scores, against, code) if scores else ['*Not scored*: there were no real images to compare with.' if train is None else '*Not scored*: fewer than 4 images say nothing.']),
-             '## Whose images are these?', *(_privacy_part(privacy, code) if privacy else ['*Not checked*, see above.']),
-             '## Limits', '- A generator repeats what it saw often and leaves out what it saw seldom: rare findings are missing or wrong, and every bias of its source is here too.\n'
-             '- What was trained on these images has to be tested on real ones.\n- Masks and sketches are what the generator meant to draw. No expert has looked at them.']
+    if privacy and privacy.alarm: head = head[::-1]
+    parts = [*head, '> **Synthetic.** Every image was drawn from noise by a generative network; none was taken of a '
+             'person. Not for diagnosis.', '![The first samples](preview.png)',
+             *_contents(plan, has, size, files), *_making(plan), *_sources(source, licence, train),
+             '## How like real images', *_likeness(scores, against, train),
+             '## Whose images are these?', *_whose(privacy), '## Limits', _LIMITS]
     return (_card(plan, has, licence) if plan.format == 'hf' else '') + '\n\n'.join(parts) + '\n'
-
-def _score_part(scores, against, code):
-    return [code(scores.text()), f'Compared with {against}. SWD and FID: lower is nearer. MS-SSIM is the mean over random pairs of one real and one synthetic image. *Two halves of the real*: the same scores between halves of the real images, no subject in both. '
-            'Scores of different numbers of images, sizes or extractors cannot be compared.']
-
-def _privacy_part(privacy, code):
-    rows = [f"| {r['image']} | {r['verdict']} | {r['view']} | {r['distance']:.3g} | {r['limit']:.3g} | {r['ratio']:.2f} |" for r in privacy.worst(5)]
-    return [code(privacy.table()), 'The nearest cases, by index in the set; *ratio* is the distance over the median of real images:', '\n'.join(['| image | verdict | view | distance | limit | ratio |', '|---|---|---|---|---|---|', *rows])]
 
 # %% ../nbs/10_export.ipynb #e6369d84
 @dataclass(frozen=True)
@@ -294,28 +392,38 @@ class Exported:
         return self.privacy is not None and self.privacy.alarm
 
     def __str__(self):
-        told = 'ALARM: the privacy check found copies, or too many images near to training images; do not share it' if self.alarm else 'privacy checked, no alarm' if self.privacy else 'privacy not checked'
-        return f'{self.n} synthetic images in {self.out}; {told}; read {self.datasheet.name}'
+        verdict = 'privacy checked, no alarm' if self.privacy else 'privacy not checked'
+        if self.alarm:
+            verdict = ('ALARM: the privacy check found copies, or too many images near to training images; '
+                       'do not share it')
+        return f'{self.n} synthetic images in {self.out}; {verdict}; read {self.datasheet.name}'
 
+# %% ../nbs/10_export.ipynb #fbc49e35
 def _check_real(shape, **sets):
     "Refuse real images that the scores and the privacy check could not use, before hours are spent on drawing"
     for name, ds in sets.items():
         if ds is None: continue
-        if not isinstance(ds, ImageData): raise ValueError(f"{name} is a {type(ds).__name__}: pass an `ImageData`, such as load_images(folder, {shape[-1]})")
-        if (found := tuple(ds.images.shape[1:])) != tuple(shape): raise ValueError(f"{name} images are {found}, the recipe draws {tuple(shape)}: load them as the recipe needs them")
+        if not isinstance(ds, ImageData):
+            raise ValueError(f"{name} is a {type(ds).__name__}: pass an `ImageData`, such as "
+                             f"load_images(folder, {shape[-1]})")
+        if (found := tuple(ds.images.shape[1:])) != tuple(shape):
+            raise ValueError(f"{name} images are {found}, the recipe draws {tuple(shape)}: "
+                             "load them as the recipe needs them")
         if len(ds) < 10: raise ValueError(f"{name} holds {len(ds)} images; scores and privacy check need at least 10")
         if shape[-1] < 16: raise ValueError(f"images of {shape[-1]} px are too small to score; leave {name} out")
     if sets['held'] is None and sets['train'] is not None and len(set(sets['train'].subjects)) < 10:
         raise ValueError("train shows fewer than 10 subjects: pass `held`, images of others, for the privacy check")
-    if sets['held'] is not None and sets['train'] is None: raise ValueError("held images alone cannot be checked: pass `train` as well")
+    if sets['held'] is not None and sets['train'] is None:
+        raise ValueError("held images alone cannot be checked: pass `train` as well")
 
+# %% ../nbs/10_export.ipynb #fce231fc
 def export_dataset(
     recipe, # a trained `Recipe` whose `sample` gives images, and perhaps sketches or masks
     n:int, # how many images
     out, # folder of the set: new or empty, or that of the same export interrupted
     format:str='folder', # 'folder', 'hf' or 'dicom'
     train:ImageData=None, # all images it was trained on: for the privacy check, and the scores if there is no `held`
-    held:ImageData=None, # real images it was not trained on, of other subjects: scores and privacy check compare with these
+    held:ImageData=None, # held-out real images, of other subjects: scores and privacy check compare with these
     source:str='', # where the images it was trained on come from, and their licences, for the datasheet
     licence:str='', # of the new set, such as 'cc-by-4.0'
     name:str='', # of the set
@@ -326,23 +434,37 @@ def export_dataset(
     extractor=None, # features for FID and privacy check, such as `inception()`; FID on thumbnails if not given
     progress:bool=True, # show a bar, in a notebook or a terminal
 ) -> Exported: # its `alarm` is True if the privacy check found copies
-    "Write a synthetic data set with its list and datasheet; called again, it goes on. Raises `ValueError` for bad arguments, `RuntimeError` if the disk refuses"
-    if format not in FORMATS: raise ValueError(f"format {format!r}; use one of {', '.join(FORMATS)}")
-    if n < 1 or chunk < 1: raise ValueError(f"n={n}, chunk={chunk}: both must be at least 1")
-    if not re.fullmatch(r'[A-Z0-9_]{1,16}', modality): raise ValueError(f"modality {modality!r}: a DICOM code of capital letters is needed, such as 'MR', 'CT', 'OP' or 'OT'")
-    if format == 'dicom': _pydicom()
+    """Write a synthetic data set with its list and datasheet; called again, it goes on.
+    Raises `ValueError` for bad arguments, `RuntimeError` if the disk refuses"""
+    _check_arguments(n, format, chunk, modality)
     first = draw(recipe, 1, seed)
     shape = first['image'].shape[1:]
     _check_real(shape, train=train, held=held)
     classes = _mask_names(classes, recipe.config, train) if 'mask' in first else None
-    name = ' '.join(name.split()) or f'Synthetic images by {recipe.name}'
-    plan = Plan(recipe.name, recipe.config, weights_name(*(net for _, net in sorted(getattr(recipe, 'shared', {}).items()))), n, format, seed, chunk, name, classes, modality, version('medsketch'))
+    plan = Plan(recipe.name, recipe.config, _fingerprint(recipe), n, format, seed, chunk,
+                ' '.join(name.split()) or f'Synthetic images by {recipe.name}', classes, modality, version('medsketch'))
     try:
         out = _open_set(out, plan)
-        if train is None and (out/_datasheet_name(plan)).exists(): raise ValueError(f"{out} holds this very set, finished: pass `train` to score and check it again, or choose another folder")
+        if train is None and (out/_datasheet_name(plan)).exists():
+            raise ValueError(f"{out} holds this very set, finished: pass `train` to score and check it again, "
+                             "or choose another folder")
         _write_pictures(out, recipe, plan, progress)
         return _finish(out, plan, shape, source, licence, train, held, extractor)
-    except OSError as e: raise RuntimeError(f"could not write the set in {out}: {e.strerror or e}; what is there is kept, export again to go on") from e
+    except OSError as e:
+        why = e.strerror or e
+        raise RuntimeError(f"could not write the set in {out}: {why}; what is there is kept, "
+                           "export again to go on") from e
+
+# %% ../nbs/10_export.ipynb #61c7cad1
+def _check_arguments(n, format, chunk, modality):
+    if format not in FORMATS: raise ValueError(f"format {format!r}; use one of {', '.join(FORMATS)}")
+    if n < 1 or chunk < 1: raise ValueError(f"n={n}, chunk={chunk}: both must be at least 1")
+    if not re.fullmatch(r'[A-Z0-9_]{1,16}', modality):
+        raise ValueError(f"modality {modality!r}: a DICOM code of capital letters is needed, "
+                         "such as 'MR', 'CT', 'OP' or 'OT'")
+    if format == 'dicom': _pydicom()
+
+def _fingerprint(recipe): return weights_name(*(net for _, net in sorted(getattr(recipe, 'shared', {}).items())))
 
 def _datasheet_name(plan): return 'README.md' if plan.format == 'hf' else 'DATASHEET.md'
 
@@ -361,9 +483,11 @@ def _finish(out, plan, shape, source, licence, train, held, extractor):
         worst = out.resolve().parent/f'{out.resolve().name}-nearest-training-images.png'
         save_png(worst, privacy.figure())
     with open(out/plan.top/'metadata.jsonl', encoding='utf-8') as f: line = json.loads(f.readline())
-    against = '' if train is None else 'the images trained on, which flatters a generator that copies' if held is None else 'real images that were held back'
+    against = 'the images trained on, which flatters a generator that copies'
+    if held is not None: against = 'real images that were held back'
     path = out/_datasheet_name(plan)
-    with atomic_write(path, 'w') as f: f.write(_datasheet(plan, line, tuple(shape), source, licence, train, scores, against, privacy))
+    text = _datasheet(plan, line, tuple(shape), source, licence, train, scores, against, privacy)
+    with atomic_write(path, 'w') as f: f.write(text)
     done = Exported(out, plan.n, path, scores, privacy, worst)
     if done.alarm: warnings.warn(str(done), stacklevel=3)
     return done

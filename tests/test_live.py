@@ -1,4 +1,5 @@
 "The drawing app without a browser: what its pad, its thread and its buttons do"
+
 import json
 import threading
 import time
@@ -25,12 +26,13 @@ from medsketch.studio.strokes import Drawing
 TINY = {"latent_dim": 8, "fmap_base": 64, "fmap_max": 8, "ngf": 4, "ndf": 4, "receptive_field": 16}
 
 
-def tiny(size=32, **kw): return recipe_class('skrgan')(size=size, style='fundus', **TINY, **kw)
+def tiny(size=32, **kw):
+    return recipe_class('skrgan')(size=size, style='fundus', **TINY, **kw)
 
 
 @pytest.fixture
 def app(tmp_path):
-    a = LiveRender(tiny(), out=tmp_path/'out')
+    a = LiveRender(tiny(), out=tmp_path / 'out')
     assert a.worker.wait(20)
     return a
 
@@ -38,7 +40,8 @@ def app(tmp_path):
 def draw(app, *points):
     send = lambda kind, x, y: app.pad.handle({"event": kind, "x": x, "y": y})
     send('mouse_down', *points[0])
-    for p in points[1:]: send('mouse_move', *p)
+    for p in points[1:]:
+        send('mouse_move', *p)
     send('mouse_up', *points[-1])
 
 
@@ -57,7 +60,7 @@ def test_a_stroke_changes_the_image_and_undo_brings_back_the_old_one(app):
     app.pad.redo()
     assert (pixels(app) == drawn).all()
     expected = as_picture(app.recipe.render(app.pad.sketch(32))[0])
-    assert np.abs(drawn.astype(int) - expected).max() <= 1        # norms are folded, so the last bit may differ
+    assert np.abs(drawn.astype(int) - expected).max() <= 1  # norms are folded, so the last bit may differ
 
 
 def test_the_image_follows_while_the_stroke_is_drawn(app):
@@ -65,12 +68,13 @@ def test_the_image_follows_while_the_stroke_is_drawn(app):
     app.pad.handle({"event": 'mouse_down', "x": 50, "y": 50})
     for i in range(20):
         app.pad.handle({"event": 'mouse_move', "x": 50 + 20 * i, "y": 60 + 15 * i})
-        time.sleep(.02)
+        time.sleep(0.02)
     assert (pixels(app) != empty).any() and not app.pad.drawing.can_undo
 
 
 def test_two_hundred_strokes_lose_none_and_the_newest_is_shown(app):
-    for i in range(200): draw(app, (10 + 2 * i, 10), (500 - 2 * i, 500))
+    for i in range(200):
+        draw(app, (10 + 2 * i, 10), (500 - 2 * i, 500))
     last = pixels(app)
     assert len(app.pad.drawing.actions) == 200
     assert np.abs(last.astype(int) - as_picture(app.recipe.render(app.pad.drawing.sketch(32))[0])).max() <= 1
@@ -80,13 +84,17 @@ def test_two_hundred_strokes_lose_none_and_the_newest_is_shown(app):
 def test_nothing_queues_up():
     answers, busy = [], threading.Semaphore(0)
     newest = Newest(lambda r: (busy.acquire(timeout=5), r)[1], answers.append, pytest.fail)
-    for i in range(50): newest.ask(i)
-    for _ in range(2): busy.release()
+    for i in range(50):
+        newest.ask(i)
+    for _ in range(2):
+        busy.release()
     assert newest.wait(5) and answers[-1] == 49 and len(answers) <= 2
 
 
 def test_an_error_is_shown_and_does_not_end_the_thread(app):
-    def broken(sketch): raise ValueError('the ink is <dry>')
+    def broken(sketch):
+        raise ValueError('the ink is <dry>')
+
     right, app.drawer = app.drawer, type('Broken', (), {"render": staticmethod(broken)})
     draw(app, (50, 50), (100, 100))
     app.worker.wait(10)
@@ -107,12 +115,12 @@ def test_weights_that_do_not_exist_leave_everything_as_it_was(app):
 
 
 def test_other_weights_of_another_size(app, tmp_path):
-    tiny(64, channels=1).save(tmp_path/'grey.safetensors')
+    tiny(64, channels=1).save(tmp_path / 'grey.safetensors')
     draw(app, (50, 50), (300, 300))
-    app.other.value = str(tmp_path/'grey.safetensors')
+    app.other.value = str(tmp_path / 'grey.safetensors')
     image = pixels(app)
     assert image.shape == (64, 64, 3) and (image[..., 0] == image[..., 1]).all()
-    assert app.model.value == str(tmp_path/'grey.safetensors') and app.other.value == ''
+    assert app.model.value == str(tmp_path / 'grey.safetensors') and app.other.value == ''
     app.model.value = 'skrgan'
     assert pixels(app).shape == (32, 32, 3) and len(app.pad.drawing.actions) == 1
 
@@ -134,7 +142,8 @@ def test_surprise_without_a_sketch_generator_is_a_phantom(tmp_path):
     r.learned = {'G_P'}
     assert surprise(r, 1).shape == (1, 32, 32) and surprise(r, 1).any() and (surprise(r, 1) != surprise(r, 2)).any()
     r.config['style'] = 'ultrasound'
-    with pytest.raises(ValueError, match='no phantom shows ultrasound'): surprise(r, 1)
+    with pytest.raises(ValueError, match='no phantom shows ultrasound'):
+        surprise(r, 1)
 
 
 def test_editing_a_real_image_compares(app):
@@ -170,7 +179,9 @@ def test_comparing_from_here_without_a_real_image(app):
     assert (app.shown['before'] == before).all() and (after != before).any() and 'alt="real"' not in app.compare.value
 
 
-@pytest.mark.parametrize('form', [lambda n, c: ({'name': n, 'content': memoryview(c)},), lambda n, c: {n: {'content': c}}])
+@pytest.mark.parametrize(
+    'form', [lambda n, c: ({'name': n, 'content': memoryview(c)},), lambda n, c: {n: {'content': c}}]
+)
 def test_uploads_of_both_generations_of_ipywidgets(app, form):
     eye = (phantom_data('fundus', 1, 64, seed=3).images[0].transpose(1, 2, 0)).copy()
     app._uploaded(form('eye.png', png_bytes(eye)))
@@ -185,9 +196,11 @@ def test_real_images_become_what_the_recipe_draws():
     assert real_image(png_bytes(grey), 'a.png', 64, 3).shape == (3, 64, 64)
     colour = np.zeros((64, 64, 3), np.uint8) + np.uint8([200, 100, 50])
     x = real_image(png_bytes(colour), 'a.png', 32, 1)
-    assert x.shape == (1, 32, 32) and abs(x.mean() - ((.299 * 200 + .587 * 100 + .114 * 50) / 127.5 - 1)) < .01
-    with pytest.raises(ValueError, match='these weights draw 4'): real_image(png_bytes(grey), 'a.png', 64, 4)
-    with pytest.raises(ValueError, match='../b.png|b.png'): real_image(b'', '../b.png', 64, 3)
+    assert x.shape == (1, 32, 32) and abs(x.mean() - ((0.299 * 200 + 0.587 * 100 + 0.114 * 50) / 127.5 - 1)) < 0.01
+    with pytest.raises(ValueError, match='these weights draw 4'):
+        real_image(png_bytes(grey), 'a.png', 64, 4)
+    with pytest.raises(ValueError, match='../b.png|b.png'):
+        real_image(b'', '../b.png', 64, 3)
 
 
 def test_export_writes_everything_and_never_over_what_is_there(app):
@@ -196,17 +209,18 @@ def test_export_writes_everything_and_never_over_what_is_there(app):
     assert first != second
     names = {p.name for p in first.iterdir()}
     assert names == {'sketch.png', 'image.png', 'side_by_side.png', 'strokes.json', 'about.json'}
-    assert (cv2.imread(str(first/'image.png'))[..., ::-1] == pixels(app)).all()
-    again = Drawing.from_json((first/'strokes.json').read_text())
+    assert (cv2.imread(str(first / 'image.png'))[..., ::-1] == pixels(app)).all()
+    again = Drawing.from_json((first / 'strokes.json').read_text())
     assert (again.sketch() == app.pad.drawing.sketch()).all()
-    about = json.loads((first/'about.json').read_text())
+    about = json.loads((first / 'about.json').read_text())
     assert about['synthetic'] and about['recipe'] == 'skrgan'
-    for n in names: assert f'download="{n}"' in app.links.value
+    for n in names:
+        assert f'download="{n}"' in app.links.value
 
 
 def test_export_to_a_place_that_cannot_be_written(app, tmp_path):
-    (tmp_path/'file').write_text('')
-    app.out = tmp_path/'file'/'below'
+    (tmp_path / 'file').write_text('')
+    app.out = tmp_path / 'file' / 'below'
     assert app.export() is None and 'alert' in app.status.value
 
 
@@ -222,9 +236,11 @@ def test_upload_instead_of_a_pad():
 
 
 def test_a_recipe_that_does_not_render_says_so(monkeypatch):
-    monkeypatch.setitem(RECIPES, 'skrgan', RECIPES['skrgan'])      # a subclass takes its parent's place in the table
+    monkeypatch.setitem(RECIPES, 'skrgan', RECIPES['skrgan'])  # a subclass takes its parent's place in the table
+
     class Silent(recipe_class('skrgan')):
         render = property()
+
     r = Silent(size=32, **TINY)
     a = LiveRender(r)
     a.worker.wait(10)
@@ -235,12 +251,15 @@ def test_a_recipe_that_does_not_render_says_so(monkeypatch):
 
 def test_the_page_has_a_picture_where_no_kernel_runs(app):
     import base64
+
     shown = cv2.imdecode(np.frombuffer(base64.b64decode(app._repr_mimebundle_()['image/png']), np.uint8), 1)
     assert shown.shape == (256, 512, 3)
 
 
 def test_keys_of_the_app_work_on_the_sheet(app):
-    press = lambda key: app.pad.handle({"event": 'key_down', "key": key, "shift_key": False, "ctrl_key": False, "meta_key": False})
+    press = lambda key: app.pad.handle(
+        {"event": 'key_down', "key": key, "shift_key": False, "ctrl_key": False, "meta_key": False}
+    )
     press('S')
     assert app.pad.drawing.can_undo and app.seed.value == 1
     press('c')

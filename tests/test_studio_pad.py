@@ -1,4 +1,5 @@
 "The drawing pad: strokes, history and files without a browser, and a browser's events, simulated"
+
 import base64
 import json
 import time
@@ -27,7 +28,9 @@ def scrawls(n, seed=0, classes=1):
     tools = ["pen", "pen", "eraser", "line"] + ["region"] * (classes > 1)
     for i in range(n):
         t = np.linspace(0, rng.uniform(1, 6), 40)
-        p = rng.uniform(-0.1, 1.1, 2) + rng.uniform(0.03, 0.3) * np.stack([np.cos(t * rng.uniform(0.5, 1)), np.sin(t)], 1)
+        p = rng.uniform(-0.1, 1.1, 2) + rng.uniform(0.03, 0.3) * np.stack(
+            [np.cos(t * rng.uniform(0.5, 1)), np.sin(t)], 1
+        )
         tool = tools[i % len(tools)]
         points = p[[0, -1]] if tool == "line" else smooth(p, closed=tool == "region")
         yield Stroke(tool, points, float(rng.uniform(0.002, 0.05)), int(rng.integers(1, classes + 1)))
@@ -352,17 +355,34 @@ def test_saved_png_reads_back(tmp_path):
 
 
 def feed(hand, kind, *at):
-    event = {"event": kind, "touches": list(at)} if kind.startswith("touch") else {"event": kind, "x": at[0], "y": at[1]}
+    event = (
+        {"event": kind, "touches": list(at)} if kind.startswith("touch") else {"event": kind, "x": at[0], "y": at[1]}
+    )
     return [what for what, _ in hand.feed(event, 100)]
 
 
 def test_every_stroke_begins_and_ends_once_whatever_comes():
     rng = np.random.default_rng(0)
     hand, count, open_ = PointerInput(), {"begin": 0, "end": 0}, False
-    kinds = ["mouse_down", "mouse_move", "mouse_move", "mouse_up", "mouse_out", "touch_start", "touch_move", "touch_end", "touch_cancel", "mouse_wheel"]
+    kinds = [
+        "mouse_down",
+        "mouse_move",
+        "mouse_move",
+        "mouse_up",
+        "mouse_out",
+        "touch_start",
+        "touch_move",
+        "touch_end",
+        "touch_cancel",
+        "mouse_wheel",
+    ]
     for _ in range(5000):
         kind = kinds[rng.integers(len(kinds))]
-        at = [tuple(v) for v in rng.uniform(-50, 150, (rng.integers(0, 3), 2))] if kind.startswith("touch") else rng.uniform(-50, 150, 2)
+        at = (
+            [tuple(v) for v in rng.uniform(-50, 150, (rng.integers(0, 3), 2))]
+            if kind.startswith("touch")
+            else rng.uniform(-50, 150, 2)
+        )
         for what in feed(hand, kind, *at):
             assert what != "begin" or not open_
             assert what not in ("extend", "end") or open_
@@ -380,7 +400,11 @@ def test_the_hand_knows_the_traps():
     points = next(p for what, p in hand.feed({"event": "mouse_out", "x": 150, "y": 75}, 100) if what == "end")
     assert points == [(0.5, 0.5), (1.0, 0.625)]  # the edge, where the way out crosses it
     assert feed(hand, "touch_start", (1, 1)) == ["begin"] and feed(hand, "touch_start", (1, 1), (9, 9)) == ["end"]
-    assert feed(hand, "touch_move", (2, 2)) == [] and feed(hand, "touch_end", (2, 2)) == [] and feed(hand, "touch_end") == ["leave"]
+    assert (
+        feed(hand, "touch_move", (2, 2)) == []
+        and feed(hand, "touch_end", (2, 2)) == []
+        and feed(hand, "touch_end") == ["leave"]
+    )
     assert feed(hand, "touch_start", (1, 1)) == ["begin"] and feed(hand, "touch_cancel") == ["end", "leave"]
     with pytest.raises(ValueError, match="pointer"):
         feed(hand, "mouse_down", float("nan"), 0)
@@ -534,7 +558,11 @@ def test_fingers():
     touch(pad, "touch_start", (0.2, 0.2)), touch(pad, "touch_move", (0.6, 0.2)), touch(pad, "touch_end")
     assert len(pad.drawing.actions) == 1
     touch(pad, "touch_start", (0.2, 0.5)), touch(pad, "touch_move", (0.3, 0.5))
-    touch(pad, "touch_start", (0.3, 0.5), (0.8, 0.8)), touch(pad, "touch_move", (0.5, 0.1), (0.8, 0.9)), touch(pad, "touch_end", (0.5, 0.1))
+    (
+        touch(pad, "touch_start", (0.3, 0.5), (0.8, 0.8)),
+        touch(pad, "touch_move", (0.5, 0.1), (0.8, 0.9)),
+        touch(pad, "touch_end", (0.5, 0.1)),
+    )
     touch(pad, "touch_move", (0.9, 0.9)), touch(pad, "touch_end")
     assert len(pad.drawing.actions) == 2 and max(x for x, _ in pad.drawing.actions[1].points) <= 0.3
     touch(pad, "touch_start", (0.2, 0.5)), touch(pad, "touch_cancel", (0.2, 0.5))
@@ -571,7 +599,13 @@ def test_errors_are_shown_and_stop_nothing(sent):
     pad.on_change(angry)
     stroke(pad, WAVE)
     assert "no &lt;b&gt;renderer" in pad.message.value and len(pad.drawing.actions) == 1
-    for bad in ({}, {"event": "mouse_down"}, {"event": "mouse_down", "x": float("nan"), "y": 0}, {"event": "touch_start", "touches": [3]}, {"event": "key_down"}):
+    for bad in (
+        {},
+        {"event": "mouse_down"},
+        {"event": "mouse_down", "x": float("nan"), "y": 0},
+        {"event": "touch_start", "touches": [3]},
+        {"event": "key_down"},
+    ):
         pad.handle(bad)
     assert not _CANVAS_MANAGER._caching
     with pytest.raises(ZeroDivisionError), send_together(pad.canvas):
@@ -610,7 +644,11 @@ def test_a_new_page_is_told_everything(sent):
 def test_images_files_and_underlay(tmp_path):
     image, pad = phantom("fundus", 256, seed=1)["image"], SketchPad(256)
     pad.load_image(image, style="fundus")
-    assert np.abs(pad.sketch()[0] - sobel_sketch(to_uint8(image), "fundus")).max() < 1e-6 and pad.board.under is not None and not pad.bar.opacity.disabled
+    assert (
+        np.abs(pad.sketch()[0] - sobel_sketch(to_uint8(image), "fundus")).max() < 1e-6
+        and pad.board.under is not None
+        and not pad.bar.opacity.disabled
+    )
     shot = pad.screenshot()
     assert shot.shape == (512, 512, 3) and shot.dtype == np.uint8 and (shot != 255).any()
     pad.bar.opacity.value = 0.0
@@ -694,4 +732,9 @@ def test_canvas_and_screenshot_show_the_drawing():
 def test_a_drawing_can_be_handed_over():
     d = drawn(5, classes=3)
     pad = SketchPad(drawing=d)
-    assert pad.drawing is d and (pad.sketch() == d.sketch()).all() and len(pad.bar.classes) == 3 and not pad.bar.undo_button.disabled
+    assert (
+        pad.drawing is d
+        and (pad.sketch() == d.sketch()).all()
+        and len(pad.bar.classes) == 3
+        and not pad.bar.undo_button.disabled
+    )

@@ -41,16 +41,17 @@ def free_port(
             return s.getsockname()[1]
     except (OSError, OverflowError) as e:
         why = getattr(e, 'strerror', None) or e
-        raise ValueError(f"cannot listen on {host}:{port} ({why}): choose another --port, or 0 for any free one") from None
+        raise ValueError(f"cannot listen on {host}:{port} ({why}): "
+                         "choose another --port, or 0 for any free one") from None
 
-# %% ../../nbs/08_studio/05_app.ipynb #c6f85855
+# %% ../../nbs/08_studio/05_app.ipynb #0246db22
 def serve(
     recipe:str='fundus', # whatever `medsketch.load` takes
     host:str='127.0.0.1', # address to listen on; 0.0.0.0 lets other machines in
     port:int=8866, # 0: any free one
     out='drawings', # folder for exports
 ) -> int: # exit status of the server
-    "Serve the drawing app until interrupted. Raises `ValueError` for unusable weights or ports, `ImportError` without Voila"
+    "Serve the drawing app until interrupted. Raises `ValueError` for unusable weights or ports, or `ImportError`"
     find_weights(recipe)
     try: import voila # noqa: F401
     except ImportError: raise ImportError("the studio is served by Voila: pip install 'medsketch[lab]'") from None
@@ -92,7 +93,7 @@ def copy_notebooks(
     except OSError as e: raise ValueError(f"cannot write notebooks to {folder}: {e.strerror or e}") from None
     return n
 
-# %% ../../nbs/08_studio/05_app.ipynb #b149ea27
+# %% ../../nbs/08_studio/05_app.ipynb #fbb36364
 def lab(
     folder='medsketch-notebooks', # where the copy goes
     host:str='127.0.0.1', # address to listen on
@@ -102,7 +103,8 @@ def lab(
     try: import jupyterlab # noqa: F401
     except ImportError: raise ImportError("JupyterLab is missing: pip install 'medsketch[lab]'") from None
     n = copy_notebooks(folder)
-    print(f'{n} notebooks and pictures copied to {folder}' if n else f'{folder} holds all notebooks already', flush=True)
+    copied = f'{n} notebooks and pictures copied to {folder}'
+    print(copied if n else f'{folder} holds all notebooks already', flush=True)
     root = ['--allow-root'] if hasattr(os, 'geteuid') and os.geteuid() == 0 else []
     command = [sys.executable, '-m', 'jupyterlab', f'--notebook-dir={folder}', f'--ip={host}', f'--port={port}', *root]
     try: return subprocess.call(command)

@@ -55,14 +55,14 @@ class _Thread:
             timer.cancel(), timer.join()
             self.slow(False)
 
-# %% ../../nbs/08_studio/04_live.ipynb #6a9ea070
+# %% ../../nbs/08_studio/04_live.ipynb #238f4cf0
 class Newest(_Thread):
     "Answers the newest request only: one is at work, one waits, and whatever came between is dropped"
     def __init__(self,
                  work, # work(request) -> answer, in the thread
                  done, # done(answer), in the thread
                  failed, # failed(error), in the thread
-                 slow=lambda busy: None, # slow(True) if an answer takes longer than `patience`, slow(False) when it is there
+                 slow=lambda busy: None, # slow(True) after `patience`, slow(False) when the answer is there
                  patience:float=.2, # seconds
                 ):
         self.work, self.done, self.failed, self.slow, self.patience = work, done, failed, slow, patience

@@ -1,4 +1,5 @@
 """One browser, one Voila and one JupyterLab for all tests of this folder."""
+
 import json
 import os
 import secrets
@@ -47,7 +48,9 @@ def browser():
     "Chromium. A machine without one skips these tests; continuous integration must have one"
     path = chromium()
     if path is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium is installed (Debian, Ubuntu: apt install chromium)")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "no Chromium is installed (Debian, Ubuntu: apt install chromium)"
+        )
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:
@@ -77,11 +80,26 @@ def lab(tmp_path_factory):
     quiet = folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    own = {"JUPYTERLAB_SETTINGS_DIR": folder / "settings", "JUPYTERLAB_WORKSPACES_DIR": folder / "work", "JUPYTER_CONFIG_DIR": folder / "config",
-               "JUPYTER_RUNTIME_DIR": folder / "runtime"}
+    own = {
+        "JUPYTERLAB_SETTINGS_DIR": folder / "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": folder / "work",
+        "JUPYTER_CONFIG_DIR": folder / "config",
+        "JUPYTER_RUNTIME_DIR": folder / "runtime",
+    }
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={notebooks}", "--ip=127.0.0.1", f"--port={port}", "--no-browser", *root,
-               f"--IdentityProvider.token={token}", "--ServerApp.port_retries=0", "--LabApp.expose_app_in_browser=True"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--notebook-dir={notebooks}",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--no-browser",
+        *root,
+        f"--IdentityProvider.token={token}",
+        "--ServerApp.port_retries=0",
+        "--LabApp.expose_app_in_browser=True",
+    ]
     with server(command, notebooks, folder / "log.txt", signal.SIGTERM, **own):
         answers(f"http://127.0.0.1:{port}/api?token={token}")
         # a workspace each: JupyterLab would open what another page has open

@@ -1,4 +1,5 @@
 """Servers, a browser, and the studio as a person handles it in the page."""
+
 import base64
 import contextlib
 import io
@@ -16,7 +17,15 @@ import numpy as np
 from PIL import Image
 
 OUT = Path(__file__).parent / "out"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PATIENCE = 60  # seconds; a loaded machine takes its time, a healthy one needs two
 
 
@@ -27,14 +36,26 @@ def chromium():
 
 def environment(**more):
     "One thread for each computation: kernel, server and browser share few cores"
-    return os.environ | {"OMP_NUM_THREADS": "1", "MEDSKETCH_SCALE": "tour", "PYTHONUNBUFFERED": "1"} | {k: str(v) for k, v in more.items()}
+    return (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "MEDSKETCH_SCALE": "tour", "PYTHONUNBUFFERED": "1"}
+        | {k: str(v) for k, v in more.items()}
+    )
 
 
 @contextlib.contextmanager
 def server(command, folder, log, end=signal.SIGINT, **variables):
     "A server of our own, which writes to a log: yields the process, and ends it, at first politely"
     with open(log, "w") as f:
-        p = subprocess.Popen(command, cwd=folder, env=environment(**variables), stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, start_new_session=True)
+        p = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment(**variables),
+            stdin=subprocess.DEVNULL,
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         yield p
     finally:
@@ -84,23 +105,31 @@ def run_notebook(page, url):
     opened(page, url.split("?")[0].rsplit("/", 1)[-1])
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     bad = page.evaluate("""() => window.jupyterapp.shell.currentWidget.content.widgets.flatMap(
-        c => c.model.type == 'code' ? c.model.sharedModel.getOutputs().filter(o => o.output_type == 'error').map(o => o.evalue) : [])""")
+        c => c.model.type == 'code' ? c.model.sharedModel.getOutputs()
+            .filter(o => o.output_type == 'error').map(o => o.evalue) : [])""")
     assert not bad, bad
 
 
 def opened(page, name):
     "Wait until JupyterLab has opened a notebook and its kernel"
-    page.wait_for_function("name => { const c = window.jupyterapp?.shell?.currentWidget?.context; return c?.isReady && c.path.endsWith(name) }", arg=name,
-                           timeout=PATIENCE * 1000)
+    page.wait_for_function(
+        "name => { const c = window.jupyterapp?.shell?.currentWidget?.context; "
+        "return c?.isReady && c.path.endsWith(name) }",
+        arg=name,
+        timeout=PATIENCE * 1000,
+    )
     page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.ready")
 
 
 def find_cell(page, text, run=False):
     "The cell of the open notebook that contains a text, as a locator; `run` runs it (again)"
-    page.evaluate("""async ([text, run]) => { const app = window.jupyterapp, book = app.shell.currentWidget.content;
+    page.evaluate(
+        """async ([text, run]) => { const app = window.jupyterapp, book = app.shell.currentWidget.content;
         const i = book.widgets.findIndex(c => c.model.type == 'code' && c.model.sharedModel.getSource().includes(text));
         await book.scrollToItem(i); book.activeCellIndex = i; book.activeCell.node.id = 'tested';
-        if (run) await app.commands.execute('notebook:run-cell') }""", [text, run])
+        if (run) await app.commands.execute('notebook:run-cell') }""",
+        [text, run],
+    )
     return page.locator("#tested")
 
 
@@ -139,8 +168,11 @@ class Studio:
 
     def png(self):
         "The bytes of the image on the page"
-        return base64.b64decode(self.img.evaluate("""async i => { const b = await (await fetch(i.src)).blob();
-            return await new Promise(done => { const r = new FileReader(); r.onload = () => done(r.result.split(',')[1]); r.readAsDataURL(b) }) }"""))
+        return base64.b64decode(
+            self.img.evaluate("""async i => { const b = await (await fetch(i.src)).blob();
+            return await new Promise(done => { const r = new FileReader();
+                r.onload = () => done(r.result.split(',')[1]); r.readAsDataURL(b) }) }""")
+        )
 
     def settled(self, quiet=0.7, seconds=PATIENCE):
         "The image's bytes once nothing has changed for a while"
@@ -169,7 +201,9 @@ class Studio:
     def press(self, *keys):
         for k in keys:
             self.page.keyboard.press(k)
-            self.page.wait_for_timeout(150)     # a page sends a slider's value back, rounded; let it arrive before the next key
+            self.page.wait_for_timeout(
+                150
+            )  # a page sends a slider's value back, rounded; let it arrive before the next key
 
     def choose(self, weights):
         "Another renderer, from the menu"
@@ -202,7 +236,7 @@ class Studio:
     def ink(self):
         "The sheet as the page shows it, without the pointer: (side, side, 3) uint8"
         self.sheet.scroll_into_view_if_needed()
-        self.page.mouse.move(*self.at(.5, -.05))
+        self.page.mouse.move(*self.at(0.5, -0.05))
         self.page.wait_for_timeout(300)
         return np.asarray(Image.open(io.BytesIO(self.sheet.screenshot())).convert("RGB"))
 

@@ -1,19 +1,31 @@
 """Nothing is cut off, overlaps or hangs over the edge: on several screens, and with larger text."""
+
 import pytest
 
 LARGER = """size => { const s = document.documentElement.style; s.fontSize = 16 * size + 'px';
-    for (const [k, px] of [['--jp-widgets-font-size', 13], ['--jp-ui-font-size1', 13], ['--jp-content-font-size1', 14]]) s.setProperty(k, px * size + 'px') }"""
-CONTROLS = """root => [...root.querySelectorAll('button, select, input:not([type=file]), canvas, img, .widget-label, .noUi-target, figcaption, .medsketch-say')]
-    .map(e => [e, e.getBoundingClientRect()]).filter(([e, r]) => r.width > 0 && r.height > 0 && getComputedStyle(e).visibility != 'hidden')
-    .map(([e, r]) => ({text: (e.innerText || e.placeholder || e.title || e.tagName).trim(), tag: e.tagName, left: r.left, top: r.top, right: r.right, bottom: r.bottom,
-        cut: ['BUTTON', 'LABEL', 'FIGCAPTION'].includes(e.tagName) && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 2)}))"""
+    for (const [k, px] of [['--jp-widgets-font-size', 13], ['--jp-ui-font-size1', 13],
+                           ['--jp-content-font-size1', 14]]) s.setProperty(k, px * size + 'px') }"""
+CONTROLS = """root => [...root.querySelectorAll(
+    'button, select, input:not([type=file]), canvas, img, .widget-label, .noUi-target, figcaption, .medsketch-say')]
+    .map(e => [e, e.getBoundingClientRect()])
+    .filter(([e, r]) => r.width > 0 && r.height > 0 && getComputedStyle(e).visibility != 'hidden')
+    .map(([e, r]) => ({text: (e.innerText || e.placeholder || e.title || e.tagName).trim(), tag: e.tagName,
+        left: r.left, top: r.top, right: r.right, bottom: r.bottom,
+        cut: ['BUTTON', 'LABEL', 'FIGCAPTION'].includes(e.tagName)
+            && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 2)}))"""
 
 
 def overlap(a, b):
-    return min(a["right"], b["right"]) - max(a["left"], b["left"]) > 1 and min(a["bottom"], b["bottom"]) - max(a["top"], b["top"]) > 1
+    return (
+        min(a["right"], b["right"]) - max(a["left"], b["left"]) > 1
+        and min(a["bottom"], b["bottom"]) - max(a["top"], b["top"]) > 1
+    )
 
 
-@pytest.mark.parametrize("width, height, text", [(1280, 900, 1), (1024, 768, 1), (1280, 900, 1.25), (1024, 768, 1.25), (800, 900, 1.25), (390, 800, 1)])
+@pytest.mark.parametrize(
+    "width, height, text",
+    [(1280, 900, 1), (1024, 768, 1), (1280, 900, 1.25), (1024, 768, 1.25), (800, 900, 1.25), (390, 800, 1)],
+)
 def test_nothing_is_cut_off_or_overlaps(studio, width, height, text):
     page = studio.page
     before = studio.settled()

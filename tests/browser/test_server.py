@@ -1,4 +1,5 @@
 """`medsketch studio`: what it prints, and who can reach it."""
+
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit

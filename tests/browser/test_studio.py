@@ -1,4 +1,5 @@
 """The drawing app, in Voila and in JupyterLab, handled as a person does."""
+
 import base64
 import io
 import json
@@ -19,9 +20,10 @@ from medsketch.studio.strokes import Drawing, Picture
 DATA = Path(os.environ.get("MEDSKETCH_DATA", Path(__file__).parents[3] / "shared/data"))
 FAST = """async (sheet, lines) => { for (const [from, to] of lines) {  // a hundred strokes a second
     for (const [kind, [x, y]] of [['mousemove', from], ['mousedown', from], ['mousemove', to], ['mouseup', to]])
-        sheet.dispatchEvent(new MouseEvent(kind, {bubbles: true, clientX: x, clientY: y, buttons: kind == 'mouseup' ? 0 : 1}));
+        sheet.dispatchEvent(new MouseEvent(kind, {
+            bubbles: true, clientX: x, clientY: y, buttons: kind == 'mouseup' ? 0 : 1}));
     await new Promise(done => setTimeout(done, 10)) } }"""
-VEE = ((.3, .6), (.5, .35), (.7, .6))
+VEE = ((0.3, 0.6), (0.5, 0.35), (0.7, 0.6))
 
 
 def pixels(content):
@@ -54,7 +56,7 @@ def strokes(files):
     "The strokes since the last new sheet, and the drawing"
     d = Drawing.from_json(files["strokes.json"].decode())
     since = [i for i, a in enumerate(d.actions) if isinstance(a, Picture)]
-    return d.actions[since[-1] + 1 if since else 0:], d
+    return d.actions[since[-1] + 1 if since else 0 :], d
 
 
 def upload(studio, button, path):
@@ -78,7 +80,7 @@ def test_drawing_changes_the_image_and_undo_brings_it_back_exactly(studio):
     studio.shot("draw")
     ink = dark(studio.ink())
     side = len(ink)
-    assert ink[int(.33 * side):int(.63 * side), int(.27 * side):int(.73 * side)].sum() > .95 * ink.sum() > 500
+    assert ink[int(0.33 * side) : int(0.63 * side), int(0.27 * side) : int(0.73 * side)].sum() > 0.95 * ink.sum() > 500
     assert "rendered in" in studio.status() and "not for diagnosis" in studio.status()
     studio.click("Undo")
     studio.shows(empty)
@@ -86,61 +88,63 @@ def test_drawing_changes_the_image_and_undo_brings_it_back_exactly(studio):
     studio.shot("undo")
     studio.click("Redo")
     studio.shows(drawn)
-    assert (dark(studio.ink()) == ink).mean() > .999
+    assert (dark(studio.ink()) == ink).mean() > 0.999
 
 
 def test_the_image_follows_while_the_stroke_is_drawn(studio):
     empty = studio.settled()
-    studio.page.mouse.move(*studio.at(.2, .3))
+    studio.page.mouse.move(*studio.at(0.2, 0.3))
     studio.page.mouse.down()
-    studio.page.mouse.move(*studio.at(.8, .4), steps=10)
+    studio.page.mouse.move(*studio.at(0.8, 0.4), steps=10)
     half = studio.changed(empty)
-    studio.page.mouse.move(*studio.at(.5, .8), steps=10)
+    studio.page.mouse.move(*studio.at(0.5, 0.8), steps=10)
     studio.page.mouse.up()
     assert studio.changed(half) not in (half, empty)
 
 
 def test_a_stroke_that_leaves_the_sheet_ends_there(studio):
     empty = studio.settled()
-    studio.draw((.5, .5), (1.1, .5))
+    studio.draw((0.5, 0.5), (1.1, 0.5))
     studio.changed(empty)
-    studio.page.mouse.move(*studio.at(.5, .8), steps=3)
+    studio.page.mouse.move(*studio.at(0.5, 0.8), steps=3)
     done, _ = strokes(export(studio))
-    assert len(done) == 1 and done[0].points[-1][0] > .97 and done[0].points[0] == pytest.approx((.5, .5), abs=.01)
+    assert len(done) == 1 and done[0].points[-1][0] > 0.97 and done[0].points[0] == pytest.approx((0.5, 0.5), abs=0.01)
 
 
 def test_eraser_takes_ink_away_and_the_image_with_it(studio):
     empty = studio.settled()
-    studio.draw((.2, .5), (.8, .5))
+    studio.draw((0.2, 0.5), (0.8, 0.5))
     drawn = studio.changed(empty)
     before = dark(studio.ink())
     studio.click("Eraser")
-    studio.draw((.5, .4), (.5, .6))
+    studio.draw((0.5, 0.4), (0.5, 0.6))
     studio.changed(drawn)
     after = dark(studio.ink())
     studio.shot("eraser")
-    middle = np.s_[:, int(.49 * len(after)):int(.51 * len(after))]
-    assert before[middle].sum() > 0 == after[middle].sum() and after.sum() > .5 * before.sum()
+    middle = np.s_[:, int(0.49 * len(after)) : int(0.51 * len(after))]
+    assert before[middle].sum() > 0 == after[middle].sum() and after.sum() > 0.5 * before.sum()
 
 
 def test_keys(studio):
     held = cells(studio.page) if studio.name == "lab" else None
     empty = studio.settled()
-    studio.draw((.2, .3), (.8, .3))
+    studio.draw((0.2, 0.3), (0.8, 0.3))
     one = studio.changed(empty)
     studio.press("l")
-    studio.draw((.2, .7), (.5, .5), (.8, .7))
+    studio.draw((0.2, 0.7), (0.5, 0.5), (0.8, 0.7))
     studio.press("p", "]", "]")
-    studio.draw((.2, .9), (.8, .9))
+    studio.draw((0.2, 0.9), (0.8, 0.9))
     studio.press("[")
-    studio.draw((.2, .2), (.8, .2))
+    studio.draw((0.2, 0.2), (0.8, 0.2))
     studio.press("e")
-    studio.draw((.5, .1), (.5, .35))
+    studio.draw((0.5, 0.1), (0.5, 0.35))
     three = studio.changed(one)
     studio.shot("keys")
     pen, line, thick, thinner, rubber = strokes(export(studio))[0]
     assert (pen.tool, line.tool, thick.tool, rubber.tool) == ("pen", "line", "pen", "eraser") and len(line.points) == 2
-    assert thick.width == pytest.approx(pen.width * 1.25**2, rel=.06) and thinner.width == pytest.approx(pen.width * 1.25, rel=.06)
+    assert thick.width == pytest.approx(pen.width * 1.25**2, rel=0.06) and thinner.width == pytest.approx(
+        pen.width * 1.25, rel=0.06
+    )
     studio.sheet.focus()
     studio.press(*["Control+z"] * 4)
     studio.shows(one)
@@ -155,22 +159,26 @@ def test_keys(studio):
 def test_a_finger_draws_and_two_fingers_do_not(studio):
     empty = studio.settled()
     studio.sheet.scroll_into_view_if_needed()
-    studio.touch("touchStart", (.3, .6))
+    studio.touch("touchStart", (0.3, 0.6))
     for i in range(1, 9):
-        studio.touch("touchMove", (.3 + .05 * i, .6 - .03 * i))
+        studio.touch("touchMove", (0.3 + 0.05 * i, 0.6 - 0.03 * i))
     studio.touch("touchEnd")
     studio.changed(empty)
     studio.shot("touch")
-    studio.touch("touchStart", (.2, .2), (.3, .2))
-    studio.touch("touchMove", (.2, .5), (.3, .5))
+    studio.touch("touchStart", (0.2, 0.2), (0.3, 0.2))
+    studio.touch("touchMove", (0.2, 0.5), (0.3, 0.5))
     studio.touch("touchEnd")
-    studio.touch("touchStart", (.8, .8))
-    studio.touch("touchMove", (.6, .8))
+    studio.touch("touchStart", (0.8, 0.8))
+    studio.touch("touchMove", (0.6, 0.8))
     studio.touch("touchEnd")
     studio.settled()
     first, *dots, last = strokes(export(studio))[0]
-    assert first.points[0] == pytest.approx((.3, .6), abs=.01) and first.points[-1] == pytest.approx((.7, .36), abs=.01)
-    assert last.points[0] == pytest.approx((.8, .8), abs=.01) and last.points[-1] == pytest.approx((.6, .8), abs=.01)
+    assert first.points[0] == pytest.approx((0.3, 0.6), abs=0.01) and first.points[-1] == pytest.approx(
+        (0.7, 0.36), abs=0.01
+    )
+    assert last.points[0] == pytest.approx((0.8, 0.8), abs=0.01) and last.points[-1] == pytest.approx(
+        (0.6, 0.8), abs=0.01
+    )
     assert all(len(d.points) == 1 for d in dots) and len(dots) <= 1  # where the first of two fingers came down
 
 
@@ -195,7 +203,7 @@ def test_surprise_me_shows_a_sketch_and_its_image(studio):
     studio.click("Surprise me")
     one = studio.changed(empty)
     studio.shot("surprise")
-    assert dark(studio.ink()).mean() > .003
+    assert dark(studio.ink()).mean() > 0.003
     studio.click("Surprise me")
     assert studio.changed(one) != one
 
@@ -221,8 +229,10 @@ def test_edit_a_real_image_and_compare(studio, photo):
     assert len(np.unique(shown["change"].reshape(-1, 3), axis=0)) == 1
     studio.shot("edit_before")
     ink = studio.ink()
-    assert dark(ink).mean() > .003 and (ink[..., 0] > ink[..., 2].astype(int) + 20).mean() > .2, "sketch over a reddish underlay"
-    studio.draw((.3, .5), (.7, .5))
+    assert dark(ink).mean() > 0.003 and (ink[..., 0] > ink[..., 2].astype(int) + 20).mean() > 0.2, (
+        "sketch over a reddish underlay"
+    )
+    studio.draw((0.3, 0.5), (0.7, 0.5))
     now = studio.changed(before)
     studio.shot("edit_after")
     shown = {k: pixels(v) for k, v in figures(studio).items()}
@@ -251,7 +261,7 @@ def test_open_a_sketch_and_a_broken_one(studio, tmp_path):
     upload(studio, "Open", tmp_path / "bar.png")
     opened = studio.changed(empty)
     ink = dark(studio.ink())
-    assert ink[int(.46 * len(ink)):int(.52 * len(ink))].sum() > .9 * ink.sum() > 1000
+    assert ink[int(0.46 * len(ink)) : int(0.52 * len(ink))].sum() > 0.9 * ink.sum() > 1000
     (tmp_path / "broken.png").write_bytes(b"nothing")
     upload(studio, "Open", tmp_path / "broken.png")
     alert = studio.root.locator("[role=alert]:has-text('broken.png')")
@@ -281,15 +291,15 @@ def test_export_offers_files_that_hold_what_is_shown(studio):
 
 def test_two_hundred_fast_strokes_lose_none_and_the_newest_is_rendered(studio):
     studio.sheet.scroll_into_view_if_needed()
-    starts = np.random.default_rng(0).uniform(.1, .9, (200, 2))
-    lines = [[studio.at(x, y), studio.at(x + .05, y + .04)] for x, y in starts]
+    starts = np.random.default_rng(0).uniform(0.1, 0.9, (200, 2))
+    lines = [[studio.at(x, y), studio.at(x + 0.05, y + 0.04)] for x, y in starts]
     studio.sheet.evaluate(FAST, lines)
     files = export(studio)  # the kernel comes to it after all strokes
     shown = studio.settled()
     studio.shot("fast")
     done, drawing = strokes(files)
     assert len(done) == 200
-    assert np.abs(np.array([s.points[0] for s in done]) - starts).max() < .01
+    assert np.abs(np.array([s.points[0] for s in done]) - starts).max() < 0.01
     newest = as_picture(load("fundus", "cpu").for_drawing().render(drawing.sketch())[0]).astype(int)
     assert np.abs(newest - pixels(shown)).max() <= 2
     assert (pixels(files["image.png"]) == pixels(shown)).all()
@@ -310,11 +320,11 @@ def test_reload(studio):
     studio.ready()
     if studio.name == "lab":
         studio.shows(drawn)
-        studio.until(lambda: (dark(studio.ink()) == ink).mean() > .999)
+        studio.until(lambda: (dark(studio.ink()) == ink).mean() > 0.999)
     else:
         studio.shows(empty)
         assert not dark(studio.ink()).any()
     studio.shot("reload")
-    studio.draw((.2, .8), (.8, .8))
+    studio.draw((0.2, 0.8), (0.8, 0.8))
     studio.changed(drawn if studio.name == "lab" else empty)
-    assert dark(studio.ink())[int(.78 * len(ink)):int(.82 * len(ink))].any()
+    assert dark(studio.ink())[int(0.78 * len(ink)) : int(0.82 * len(ink))].any()
