@@ -126,6 +126,21 @@ def test_translation_is_whole_pixels_within_its_limit_and_fills():
     assert sorted(edge.unique().tolist()) == [-1, 1]
 
 
+def test_turn_and_zoom_stay_within_their_limits():
+    "A blob to the right of the middle: its angle is the turn, its weight the square of the zoom"
+    torch.manual_seed(0)
+    x, at = torch.zeros(400, 1, 32, 32), torch.arange(32) - 15.5
+    x[:, :, 13:19, 22:28] = 1.
+    moved = DiffAugment('affine')(x)[:, 0]
+    weight = moved.sum((1, 2))
+    down, right = ((moved.sum(d) * at).sum(1) / weight for d in (2, 1))
+    angle, zoom = torch.atan2(down, right).rad2deg(), (weight / 36).sqrt()
+    assert 9 < angle.max() < 10.5 and -10.5 < angle.min() < -9
+    assert 1.08 < zoom.max() < 1.12 and .89 < zoom.min() < .93
+    still = DiffAugment('affine', degrees=0., zoom=0.)(x)
+    assert torch.equal(still, x)
+
+
 def test_cutout_is_a_square_of_a_quarter_of_the_side_anywhere():
     torch.manual_seed(0)
     gone = DiffAugment('cutout', fill=7.)(torch.zeros(300, 2, 16, 16)) == 7
@@ -295,12 +310,12 @@ def test_adapt_takes_kimg_thousand_images_for_the_way():
 def test_adaptive_state_survives():
     aug = DiffAugment(target=.6)
     adapt = Adapt(aug, kimg=1.)
-    for step in range(1, 7): judged(aug, .9), adapt.after_step(stand_in(step, 16 * step))
+    for step in range(1, 7): judged(aug, 1), adapt.after_step(stand_in(step, 16 * step))
     state = copy.deepcopy(adapt.state_dict())
     other = Adapt(DiffAugment(target=.6), kimg=1.)
     other.load_state_dict(state)
     for a in (adapt, other):
-        for step in range(7, 9): judged(a.aug, .9), a.after_step(stand_in(step, 16 * step))
+        for step in range(7, 9): judged(a.aug, .7), a.after_step(stand_in(step, 16 * step))  # all four: r = .7
     assert float(adapt.aug.p) == float(other.aug.p) == pytest.approx(8 * 16 / 1000)
 
 

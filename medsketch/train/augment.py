@@ -28,7 +28,7 @@ def look_up(
     c, s = ((f(turn) / zoom)[:, None, None] for f in (torch.cos, torch.sin))
     return torch.stack([(c * x + s * y) * (2 / w), (c * y - s * x) * (2 / h)], -1)
 
-# %% ../../nbs/05_train/06_augment.ipynb #d66e4d14
+# %% ../../nbs/05_train/06_augment.ipynb #511f0604
 class _Sample(torch.autograd.Function):
     "Look up pixels at fixed points, zero outside, or spread them back; each is the other's gradient, to any order"
     @staticmethod
@@ -47,9 +47,7 @@ def _move(x, points, fill, mode='bilinear'):
     flat = x.ndim == 3                                                        # (N, H, W) class ids
     y = (x[:, None] if flat else x).float() - fill
     y = _Sample.apply(y, points, mode, False) + fill
-    if not x.is_floating_point(): y = y.round()
-    y = y[:, 0] if flat else y
-    return y.to(x.dtype).contiguous(memory_format=_layout(x))
+    return (y[:, 0] if flat else y).to(x.dtype).contiguous(memory_format=_layout(x))
 
 def _layout(x):
     "Whether `x` lies in memory channels last"
