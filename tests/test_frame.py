@@ -13,7 +13,7 @@ from torch import nn
 
 from medsketch.data import ImageData, phantom_data
 from medsketch.recipes import DCGAN, PGGAN, RECIPES, DualGAN, Recipe, SkrGAN, load_recipe
-from medsketch.recipes.adversarial import Adversarial, RenderLosses
+from medsketch.train.adversarial import Adversarial, RenderLosses
 from medsketch.recipes.skrgan import JointLosses
 from medsketch.train.callbacks import Callback
 from medsketch.train.stages import Stage, read_config
@@ -188,7 +188,7 @@ def test_r1_is_lazy_and_as_much_stronger(data, make, monkeypatch):
     "Every 16th step, γ/2 times the penalty; the trainer multiplies by 16"
     phase = make(data).phases[2]
     assert phase.every == 16
-    monkeypatch.setattr('medsketch.recipes.adversarial.r1_penalty', lambda D, x: torch.tensor(3.0))
+    monkeypatch.setattr('medsketch.train.adversarial.r1_penalty', lambda D, x: torch.tensor(3.0))
     game = phase.loss.__self__
     monkeypatch.setattr(game, 'see', lambda *a, **k: (torch.zeros(1), None))
     assert phase.loss(None, {}).item() == pytest.approx(3.0)  # 2 / 2 * 3

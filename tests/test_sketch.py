@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import medsketch.sketch
 from medsketch.core import from_uint8, to_uint8, torch_rng
 from medsketch.data import ImageData, phantom_data
 from medsketch.data.readers import image_to_square
@@ -207,8 +206,3 @@ def test_exchanged_patches_stay_outside_of_what_is_to_be_kept():
     assert (new != s).flatten(1).any(1).all() and .2 < stays.mean() < 1
     assert ((new - s).abs() * stays).max() == 0
 
-@pytest.mark.parametrize('old,new', [
-    ('DRAFTS', 'VARIANTS'), ('drafts', 'sketch_variants'), ('add_drafts', 'add_variants'),
-    ('wobble', 'jitter'), ('edit', 'exchange_patches')])
-def test_old_names_still_lead_to_the_same(old, new):
-    assert getattr(variants, old) is getattr(variants, new) is getattr(medsketch.sketch, new)

@@ -31,7 +31,8 @@ from torch import nn
 from medsketch.core import torch_rng
 from medsketch.data import ImageData, phantom_data
 from medsketch.data.batches import Batches, flip_rotate
-from medsketch.recipes import RECIPES, Recipe, SkrGAN, adversarial, base, load_recipe, skrgan, weights
+from medsketch.recipes import RECIPES, Recipe, SkrGAN, base, load_recipe, skrgan
+from medsketch.train import adversarial, weights
 from medsketch.sketch import add_sketches
 from medsketch.train.callbacks import TrainingDiverged, checkpoints
 from medsketch.train.trainer import Trainer
