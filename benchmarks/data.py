@@ -58,7 +58,10 @@ def rows(peak: float) -> list[Row]:
     finally: torch.set_num_threads(threads)
     cold, warm = cold_and_warm()
     return [
-        *(Row(f'batches of {BATCH} at {s} px{", flipped and turned" if f else ""}', 1 / t, 'images/s', None, 'one core, with mask and sketch') for (s, f), t in took.items()),
-        Row('one image of such a batch, 256 px', took[256, flip_rotate] * 1e3, 'ms', 8., 'at most: a fifth of the 40 ms in which the fastest step renders one'),
-        Row('decode 16 photographs / read them from the cache', cold / max(warm, 1e-6), 'x', None, f'{cold * 1e3:.0f} ms against {warm * 1e3:.1f} ms'),
+        *(Row(f'batches of {BATCH} at {s} px{", flipped and turned" if f else ""}', 1 / t, 'images/s', None,
+              'one core, with mask and sketch') for (s, f), t in took.items()),
+        Row('one image of such a batch, 256 px', took[256, flip_rotate] * 1e3, 'ms', 8.,
+            'at most: a fifth of the 40 ms in which the fastest step renders one'),
+        Row('decode 16 photographs / read them from the cache', cold / max(warm, 1e-6), 'x', None,
+            f'{cold * 1e3:.0f} ms against {warm * 1e3:.1f} ms'),
     ]

@@ -66,11 +66,12 @@ ROUND = [(0, 0, 1), (.125, .03, .75), (.125, .22, .75), (.03, .125, .75), (.22, 
 WIDE = [(1/6, 0, 2/3), (1/6, 1/6, 2/3), (1/6, 1/3, 2/3), (.25, .1, .5), (.25, .4, .5)]       # inside a frame of 3 : 2
 
 def _fundus(folder, size):
-    one = lambda name, boxes: views(load_images(folder/f'retina/{name}', 2 * size, fit='letterbox'), boxes, size)
+    one = lambda name, boxes: views(load_images(folder/f'retina/{name}', 2 * size, fit='letterbox', manifest=folder/'manifest.csv'), boxes, size)
     return same_light(round_field(join(one('chasedb1', ROUND), one('hrf', WIDE))))
 
 def _chest(folder, size):
-    return load_images(folder/'chest_xray/mhh_covid', size, channels=1, fit='crop', normalise='percentile')
+    return load_images(folder/'chest_xray/mhh_covid', size, channels=1, fit='crop', normalise='percentile',
+                       manifest=folder/'manifest.csv')
 
 def _phantoms(kind): return lambda folder, size: phantom_data(kind, 400, size)
 

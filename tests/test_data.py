@@ -38,7 +38,8 @@ from medsketch.data.readers import (
 from medsketch.phantoms import phantom
 
 REAL = Path(os.environ.get('MEDSKETCH_DATA', Path(__file__).parents[1] / '../shared/data')).resolve()
-real = pytest.mark.skipif(not (REAL / 'manifest.csv').is_file(), reason='the real images are not on this machine (MEDSKETCH_DATA)')
+real = pytest.mark.skipif(not (REAL / 'manifest.csv').is_file(),
+                          reason='the real images are not on this machine (MEDSKETCH_DATA)')
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,8 @@ def fill(folder, n=4, size=40, masks=False):
     for sub in ('images', 'masks') if masks else ('images',): (folder / sub).mkdir(parents=True, exist_ok=True)
     for i in range(n):
         Image.fromarray(rng.integers(0, 255, (size, size), np.uint8)).save(folder / f'images/{i:02}.png')
-        if masks: Image.fromarray(disc(size, size, 20, 20, 5 + i).astype(np.uint8) * 255).save(folder / f'masks/{i:02}.png')
+        if masks:
+            Image.fromarray(disc(size, size, 20, 20, 5 + i).astype(np.uint8) * 255).save(folder / f'masks/{i:02}.png')
     return folder
 
 
@@ -85,7 +87,8 @@ def test_picture_formats(tmp_path, eye, name):
     assert np.abs(back.astype(int) - eye).mean() < 6
 
 
-@pytest.mark.parametrize('tag, undo', [(3, Image.ROTATE_180), (6, Image.ROTATE_90), (8, Image.ROTATE_270), (2, Image.FLIP_LEFT_RIGHT)])
+@pytest.mark.parametrize('tag, undo',
+        [(3, Image.ROTATE_180), (6, Image.ROTATE_90), (8, Image.ROTATE_270), (2, Image.FLIP_LEFT_RIGHT)])
 def test_exif_orientation(tmp_path, eye, tag, undo):
     exif = Image.Exif()
     exif[0x0112] = tag
@@ -130,7 +133,8 @@ def test_float_tiff_and_bilevel(tmp_path):
     assert set(np.unique(read_picture(tmp_path / 'b.png'))) == {0, 255}
 
 
-@pytest.mark.parametrize('a', [np.full((4, 4), np.nan), np.array([[np.inf, 1., 2.]]), np.zeros((4, 4)), np.full((4, 4), 7.), np.full((4, 4), -7.)])
+@pytest.mark.parametrize('a', [np.full((4, 4), np.nan), np.array([[np.inf, 1., 2.]]), np.zeros((4, 4)),
+                               np.full((4, 4), 7.), np.full((4, 4), -7.)])
 def test_to_eight_bits_takes_anything(a):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -141,7 +145,8 @@ def dicom(path, pixels, photometric='MONOCHROME2', **tags):
     "A small DICOM file"
     pydicom = pytest.importorskip('pydicom')
     meta = pydicom.dataset.FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.ExplicitVRLittleEndian, '1.2.840.10008.5.1.4.1.1.7', '1.2.3'
+    meta.TransferSyntaxUID, meta.MediaStorageSOPInstanceUID = pydicom.uid.ExplicitVRLittleEndian, '1.2.3'
+    meta.MediaStorageSOPClassUID = '1.2.840.10008.5.1.4.1.1.7'
     ds = pydicom.dataset.Dataset()
     ds.file_meta, bits = meta, pixels.dtype.itemsize * 8
     colour = pixels.shape[-1] == 3
@@ -205,9 +210,11 @@ def test_nifti_is_upright_whatever_the_storage(tmp_path):
     v[18:, 22:, 12:] = 100                        # right, front, top
     one = read_nifti(nifti(tmp_path / 'a.nii.gz', v))
     assert len(one) == 20 and one[15].shape == (30, 24)
-    assert one[15][:8, :6].min() > 200 and one[15][8:].max() < 60 and one[5].max() < 60   # front is up, right is on the left
+    # front is up, right is on the left
+    assert one[15][:8, :6].min() > 200 and one[15][8:].max() < 60 and one[5].max() < 60
     las = nifti(tmp_path / 'b.nii', v[::-1].copy(), np.diag([-1, 1, 1, 1]))
-    turned = nifti(tmp_path / 'c.nii', v.transpose(1, 2, 0).copy(), np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], float))
+    turned = nifti(tmp_path / 'c.nii', v.transpose(1, 2, 0).copy(),
+                   np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], float))
     for other in (las, turned): assert all((p == q).all() for p, q in zip(one, read_nifti(other)))
     coronal = read_nifti(tmp_path / 'a.nii.gz', axis=1)
     assert len(coronal) == 30 and coronal[25].shape == (20, 24) and coronal[25][:8, :6].min() > 200
@@ -217,7 +224,8 @@ def test_nifti_voxels_become_square(tmp_path):
     v = np.random.default_rng(0).random((20, 20, 10)).astype(np.float32)
     path = nifti(tmp_path / 'a.nii.gz', v, np.diag([1, 1, 3, 1]))
     assert read_nifti(path, axis=0)[0].shape == (30, 20)
-    assert read_mask(nifti(tmp_path / 'm.nii.gz', (v > .5).astype(np.uint8), np.diag([1, 1, 3, 1])), axis=0)[0].shape == (30, 20)
+    assert read_mask(nifti(tmp_path / 'm.nii.gz', (v > .5).astype(np.uint8), np.diag([1, 1, 3, 1])),
+                     axis=0)[0].shape == (30, 20)
 
 
 def test_nifti_contrasts_and_masks_stay_together(tmp_path):
@@ -264,8 +272,10 @@ def test_bad_files_are_skipped_and_listed(tmp_path):
     assert len(caught) == 1 and '\n' not in str(caught[0].message)
     assert len(ds) == 3
     reasons = {Path(p).name: r for p, r in ds.skipped}
-    assert set(reasons) == {'half.png', 'text.png', 'empty.jpg', 'dot.png', 'bomb.png', 'nomask.png', 'other.png', 'false.dcm', 'false.nii.gz'}
-    for name, word in {"half": 'truncated', "text": 'cannot identify', "dot": '1×1', "bomb": 'refused', "nomask": 'no mask', "other": '20×40 pixels, the image 40×40'}.items():
+    assert set(reasons) == {'half.png', 'text.png', 'empty.jpg', 'dot.png', 'bomb.png', 'nomask.png', 'other.png',
+                            'false.dcm', 'false.nii.gz'}
+    for name, word in {"half": 'truncated', "text": 'cannot identify', "dot": '1×1', "bomb": 'refused',
+                       "nomask": 'no mask', "other": '20×40 pixels, the image 40×40'}.items():
         assert word in reasons[f'{name}.png']
     assert all(r and '\n' not in r for r in reasons.values())
 
@@ -276,14 +286,18 @@ def test_folders_without_images(tmp_path):
     (tmp_path / 'bad/a.png').write_text('no')
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other/notes.txt').write_text('no')
-    for name, match in {"nowhere": 'no such folder', "empty": 'no images in', "other": 'no images in', "bad": r'none of the 1 images in .*bad can be used; a.png: cannot identify'}.items():
+    for name, match in {"nowhere": 'no such folder', "empty": 'no images in', "other": 'no images in',
+                        "bad": r'none of the 1 images in .*bad can be used; a.png: cannot identify'}.items():
         with pytest.raises(ValueError, match=match) as e: load(tmp_path / name)
         assert '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('kw, match', [({"size": 100}, 'nearest is 128'), ({"fit": 'fill'}, "fit 'fill'"), ({"cache": 'cloud'}, "cache 'cloud'"), ({"axis": 3}, 'axis 3'),
-                                       ({"normalise": 'minmax'}, 'normalise'), ({"channels": 0}, 'channels'), ({"window": (40, 0)}, 'window'),
-                                       ({"channels": 4}, 'it has 1 channels?, 4 asked for'), ({"subject": 'x'}, 'finds no group'), ({"masks": True}, 'it has no mask')])
+@pytest.mark.parametrize('kw, match', [({"size": 100}, 'nearest is 128'), ({"fit": 'fill'}, "fit 'fill'"),
+                                       ({"cache": 'cloud'}, "cache 'cloud'"), ({"axis": 3}, 'axis 3'),
+                                       ({"normalise": 'minmax'}, 'normalise'), ({"channels": 0}, 'channels'),
+                                       ({"window": (40, 0)}, 'window'),
+                                       ({"channels": 4}, 'it has 1 channels?, 4 asked for'),
+                                       ({"subject": 'x'}, 'finds no group'), ({"masks": True}, 'it has no mask')])
 def test_wrong_arguments(tmp_path, kw, match):
     with pytest.raises(ValueError, match=match): load(fill(tmp_path / 'd'), **{'size': 32, **kw})
 
@@ -320,7 +334,8 @@ def test_binary_masks(tmp_path, high):
 def test_label_outside_the_classes_names_file_and_label(tmp_path):
     m = np.zeros((32, 32))
     m[0, 0] = 3                                    # one pixel is enough
-    with pytest.raises(ValueError, match=r'masks/1.png: label 3 is not among the classes \(0 background, 1 vessel, 2 disc\)'):
+    with pytest.raises(ValueError,
+                       match=r'masks/1.png: label 3 is not among the classes \(0 background, 1 vessel, 2 disc\)'):
         load(save_masks(tmp_path, m * 0, m), size=8, classes=('background', 'vessel', 'disc'))
 
 
@@ -364,12 +379,14 @@ def test_a_table_above_the_folder(tmp_path):
     fill(tmp_path / 'a', 3, masks=True)
     fill(tmp_path / 'b', 2)
     lines = ['\ufeffdataset,image,mask,extra,subject']
-    lines += [f'a,a/images/{i:02}.png,a/masks/{i:02}.png,a/images/{(i + 1) % 3:02}.png;a/masks/00.png,s{i // 2}' for i in range(3)]
+    lines += [f'a,a/images/{i:02}.png,a/masks/{i:02}.png,a/images/{(i + 1) % 3:02}.png;a/masks/00.png,s{i // 2}'
+              for i in range(3)]
     lines += ['b,b/images/00.png,,,s0', 'b,b/images/gone.png,,,s1', '']
     (tmp_path / 'manifest.csv').write_text('\n'.join(lines), encoding='utf-8')
     table = tmp_path / 'manifest.csv'
     a = load(tmp_path / 'a', manifest=table)
-    assert (len(a), a.channels, sorted(set(a.subjects)), a.classes) == (3, 2, ['a/s0', 'a/s1'], ('background', 'foreground'))
+    assert (len(a), a.channels, sorted(set(a.subjects)), a.classes) == (3, 2, ['a/s0', 'a/s1'],
+                                                                        ('background', 'foreground'))
     assert (load(tmp_path / 'a', channels=1, manifest=table).images[:, 0] == a.images[:, 0]).all()
     with pytest.warns(UserWarning, match='1 of the images'): b = load_images(tmp_path / 'b', 32, manifest=table)
     assert (len(b), b.masks, b.subjects) == (1, None, ['b/s0']) and 'gone.png' in b.skipped[0][0]
@@ -410,9 +427,11 @@ def test_cache_decodes_once_and_notices_changes(tmp_path, monkeypatch):
         m.setattr(dataset, 'decode_case', lambda *a: pytest.fail('decoded again'))
         again = load(d, cache='disk')
     memory = load(d)
-    assert isinstance(again.images, np.memmap) and (again.images == memory.images).all() and (again.masks == memory.masks).all()
+    assert isinstance(again.images, np.memmap) and (again.images == memory.images).all() and (again.masks
+                                                                                              == memory.masks).all()
     assert first.fingerprint() == again.fingerprint() == memory.fingerprint()
-    assert (again.paths, again.subjects, again.classes, again.skipped) == (memory.paths, memory.subjects, memory.classes, memory.skipped)
+    assert (again.paths, again.subjects, again.classes, again.skipped) == (memory.paths, memory.subjects,
+                                                                           memory.classes, memory.skipped)
     assert not list((tmp_path / 'cache').rglob('*.tmp'))
     Image.new('L', (40, 40), 255).save(d / 'images/02.png')
     os.utime(d / 'images/02.png', ns=(1, 1))
@@ -451,7 +470,8 @@ def test_subsets_of_a_set_on_disk_stay_on_disk(tmp_path):
     ds = load(fill(tmp_path / 'd', 9, masks=True), cache='disk')
     part = ds.subset([7, 2, 5]).subset([2, 0])
     assert not isinstance(part.images, np.ndarray) and part.images.shape == (2, 1, 32, 32)
-    assert (part.batch([0, 1])['image'] == ds.batch([5, 7])['image']).all() and (part.batch([1])['mask'] == ds.batch([7])['mask']).all()
+    assert (part.batch([0, 1])['image'] == ds.batch([5, 7])['image']).all() and (part.batch([1])['mask']
+                                                                                 == ds.batch([7])['mask']).all()
     assert part.fingerprint() == load(tmp_path / 'd').subset([5, 7]).fingerprint()
     assert (np.asarray(part.images) == ds.images[[5, 7]]).all()
 
@@ -468,9 +488,11 @@ def test_samples_keep_the_contracts():
     ds = phantom_data('brain_mri', 3, 32)
     ds = ds.with_sketches((ds.masks > 0).astype(np.uint8) * 255)
     b = ds.batch([2, 0, -1])
-    assert b['image'].dtype == torch.float32 and b['image'].shape == (3, 4, 32, 32) and -1 <= b['image'].min() < b['image'].max() <= 1
+    assert b['image'].dtype == torch.float32 and b['image'].shape == (3, 4, 32,
+            32) and -1 <= b['image'].min() < b['image'].max() <= 1
     assert b['mask'].dtype == torch.int64 and b['mask'].shape == (3, 32, 32)
-    assert b['sketch'].dtype == torch.float32 and b['sketch'].shape == (3, 1, 32, 32) and set(b['sketch'].unique().tolist()) == {0., 1.}
+    assert b['sketch'].dtype == torch.float32 and b['sketch'].shape == (3, 1, 32,
+            32) and set(b['sketch'].unique().tolist()) == {0., 1.}
     assert b['path'][0] == b['path'][2] == ds.paths[2] and (b['image'][0] == b['image'][2]).all()
     b['image'].zero_()
     assert ds.images.any()
@@ -484,7 +506,8 @@ def test_fingerprint_sees_every_part():
     ds = phantom_data('fundus', 2, 16)
     other = ImageData(ds.images.copy(), ds.masks.copy(), classes=ds.classes)
     assert ds.fingerprint() == other.fingerprint()
-    seen = {ds.fingerprint(), ds.with_sketches(np.zeros((2, 16, 16), np.uint8)).fingerprint(), ImageData(ds.images, classes=ds.classes).fingerprint(), ds.subset([1, 0]).fingerprint()}
+    seen = {ds.fingerprint(), ds.with_sketches(np.zeros((2, 16, 16), np.uint8)).fingerprint(),
+            ImageData(ds.images, classes=ds.classes).fingerprint(), ds.subset([1, 0]).fingerprint()}
     other.images[1, 0, 0, 0] ^= 1
     assert len(seen | {other.fingerprint()}) == 5
 
@@ -519,7 +542,8 @@ def test_stream_can_be_entered_anywhere():
     whole = [b for b, _ in zip(make(), range(8))]
     for k in range(8):
         b = next(make(start=3 * k))
-        assert b['path'] == whole[k]['path'] and (b['image'] == whole[k]['image']).all() and (b['mask'] == whole[k]['mask']).all()
+        assert b['path'] == whole[k]['path'] and (b['image'] == whole[k]['image']).all() and (b['mask']
+                                                                                              == whole[k]['mask']).all()
     paths = [name for b in whole for name in b['path']]
     assert all(sorted(paths[i:i + 7]) == sorted(ds.paths) for i in (0, 7, 14)) and paths[:7] != paths[7:14]
     assert next(Batches(ds, 3, seed=6))['path'] != whole[0]['path']
@@ -541,7 +565,8 @@ def test_augmentation_moves_everything_alike(f):
     batch = {"image": x[:, None].repeat(1, 2, 1, 1), "mask": x.long(), "sketch": x[:, None], "path": ['a'] * 32}
     before = {k: v.clone() for k, v in batch.items() if k != 'path'}
     out = f(batch, torch_rng(0))
-    assert (out['image'][:, 0].long() == out['mask']).all() and (out['sketch'] == out['image'][:, :1]).all() and out['path'] is batch['path']
+    assert (out['image'][:, 0].long() == out['mask']).all() and (out['sketch']
+            == out['image'][:, :1]).all() and out['path'] is batch['path']
     assert all((batch[k] == v).all() for k, v in before.items())
     moved = (out['mask'] != batch['mask']).flatten(1).any(1).float().mean()
     assert .3 < moved < 1
@@ -553,17 +578,22 @@ def test_augmentation_moves_everything_alike(f):
 # Imports, and the real thing
 
 def test_import_is_light():
-    code = "import sys, medsketch.data; print([m for m in ('monai', 'torchvision', 'pydicom', 'nibabel', 'scipy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    code = "import sys, medsketch.data; heavy = 'monai', 'torchvision', 'pydicom', 'nibabel', 'scipy'\n"
+    code += 'print([m for m in heavy if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          check=True).stdout.strip() == '[]'
 
 
 @real
 @pytest.mark.parametrize('folder, n, channels, classes, subjects', [
-    ('retina', 49, 3, 2, 39), ('retina/chasedb1', 20, 3, 2, 10), ('chest_xray', 75, 1, None, 47), ('ct/lungsegdb', 12, 1, 2, 2),
-    ('brain_mri/tcga_glioma_4mod', 28, 4, 3, 1), ('brain_mri', 42, 1, 4, 5), ('ultrasound/busi', 21, 1, 3, 21), ('endoscopy', 150, 3, 2, 150)])
+    ('retina', 49, 3, 2, 39), ('retina/chasedb1', 20, 3, 2, 10), ('chest_xray', 75, 1, None, 47),
+    ('ct/lungsegdb', 12, 1, 2, 2),
+    ('brain_mri/tcga_glioma_4mod', 28, 4, 3, 1), ('brain_mri', 42, 1, 4, 5), ('ultrasound/busi', 21, 1, 3, 21),
+    ('endoscopy', 150, 3, 2, 150)])
 def test_real_sets(folder, n, channels, classes, subjects):
     ds = load(REAL / folder, 32, manifest=REAL / 'manifest.csv')
-    assert (len(ds), ds.channels, ds.classes and len(ds.classes), len(set(ds.subjects))) == (n, channels, classes, subjects)
+    assert (len(ds), ds.channels, ds.classes and len(ds.classes), len(set(ds.subjects))) == (n, channels, classes,
+                                                                                             subjects)
     assert ds.images.reshape(n, -1).std(1).min() > 5
     if ds.masks is not None: assert ds.masks.any() and ds.masks.max() == classes - 1
 

@@ -1,10 +1,8 @@
 "What strangers' files do to reading: every kind of fault makes its own input here, and the right value is asserted."
-import csv
 import gzip
 import json
 import os
 import warnings
-import zlib
 from pathlib import Path
 
 import cv2
@@ -78,11 +76,14 @@ def dicom(path, a, syntax=pydicom.uid.ExplicitVRLittleEndian, bits=None, **tags)
     path.parent.mkdir(parents=True, exist_ok=True)
     colour, ds = a.shape[-1] == 3, pydicom.dataset.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID, ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = syntax, '1.2.840.10008.5.1.4.1.1.7', '1.2.3'
+    meta = {'TransferSyntaxUID': syntax, 'MediaStorageSOPInstanceUID': '1.2.3',
+            'MediaStorageSOPClassUID': '1.2.840.10008.5.1.4.1.1.7'}
+    for k, v in meta.items(): setattr(ds.file_meta, k, v)
     if a.ndim == 3 + colour: ds.NumberOfFrames = len(a)
     ds.Rows, ds.Columns = a.shape[-3:-1] if colour else a.shape[-2:]
     each = a.dtype.itemsize * 8
-    ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit = 3 if colour else 1, each, bits or each, (bits or each) - 1
+    ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit = 3 if colour else 1, each, bits or each, (bits
+            or each) - 1
     ds.PixelRepresentation, ds.PhotometricInterpretation = int(a.dtype.kind == 'i'), 'RGB' if colour else 'MONOCHROME2'
     if colour: ds.PlanarConfiguration = 0
     ds.PixelData = a.tobytes()
@@ -99,13 +100,17 @@ SLICES = [np.round(NOISE * k).astype('<u2') for k in (1, .7, .4)]
 def test_enhanced_files_read_like_their_classic_twins(tmp_path, where, what):
     "Rescale and window from the shared groups, from each frame's own, or from the top"
     def tags(i):
-        if what == 'window': return {'FrameVOILUTSequence': {'WindowCenter': 60 + 20 * i, 'WindowWidth': 100}}, {'WindowCenter': 60 + 20 * i, 'WindowWidth': 100}
-        return ({'PixelValueTransformationSequence': {'RescaleSlope': 1 + i, 'RescaleIntercept': -10 * i}, 'FrameVOILUTSequence': {'WindowCenter': 90, 'WindowWidth': 180}},
+        if what == 'window':
+            return {'FrameVOILUTSequence': {'WindowCenter': 60 + 20 * i, 'WindowWidth': 100}}, {'WindowCenter': 60
+                    + 20 * i, 'WindowWidth': 100}
+        return ({'PixelValueTransformationSequence': {'RescaleSlope': 1 + i, 'RescaleIntercept': -10 * i},
+                 'FrameVOILUTSequence': {'WindowCenter': 90, 'WindowWidth': 180}},
                 {'RescaleSlope': 1 + i, 'RescaleIntercept': -10 * i, 'WindowCenter': 90, 'WindowWidth': 180})
     numbers = range(3) if where == 'frame' else [1] * 3
     twins = [read_dicom(dicom(tmp_path / f'{i}.dcm', SLICES[i], **tags(k)[1]))[0] for i, k in enumerate(numbers)]
     extra = {'shared': {'SharedFunctionalGroupsSequence': pydicom.sequence.Sequence([item(**tags(1)[0])])},
-             'frame': {'PerFrameFunctionalGroupsSequence': pydicom.sequence.Sequence([item(**tags(i)[0]) for i in range(3)])},
+             'frame': {'PerFrameFunctionalGroupsSequence': pydicom.sequence.Sequence([item(**tags(i)[0])
+                                                                                      for i in range(3)])},
              'top': tags(1)[1]}[where]
     got = read_dicom(dicom(tmp_path / 'e.dcm', np.stack(SLICES), **extra))
     assert len(got) == 3 and all((g == t).all() for g, t in zip(got, twins))
@@ -116,10 +121,12 @@ def test_frames_come_in_the_order_of_their_positions(tmp_path, normal):
     plane = {'axial': [1, 0, 0, 0, 1, 0], 'sagittal': [0, 1, 0, 0, 0, 1]}[normal]
     at = lambda z: [0, 0, z] if normal == 'axial' else [z, 0, 0]
     each = [item(PlanePositionSequence={'ImagePositionPatient': at(z)}) for z in (5, -5, 0)]
-    kw = {'SharedFunctionalGroupsSequence': pydicom.sequence.Sequence([item(PlaneOrientationSequence={'ImageOrientationPatient': plane})]),
+    shared = item(PlaneOrientationSequence={'ImageOrientationPatient': plane})
+    kw = {'SharedFunctionalGroupsSequence': pydicom.sequence.Sequence([shared]),
           'PerFrameFunctionalGroupsSequence': pydicom.sequence.Sequence(each), 'WindowCenter': 100, 'WindowWidth': 200}
     got = read_dicom(dicom(tmp_path / 'e.dcm', np.stack(SLICES), **kw))
-    want = read_dicom(dicom(tmp_path / 'p.dcm', np.stack([SLICES[i] for i in (1, 2, 0)]), WindowCenter=100, WindowWidth=200))
+    want = read_dicom(dicom(tmp_path / 'p.dcm', np.stack([SLICES[i] for i in (1, 2, 0)]), WindowCenter=100,
+                            WindowWidth=200))
     assert all((g == w).all() for g, w in zip(got, want))
 
 
@@ -135,7 +142,8 @@ def test_deep_colour_is_scaled_by_the_bits_that_are_used(tmp_path, bits):
 
 
 def test_deep_colour_of_a_folder_shares_its_bits(tmp_path):
-    for i, top in enumerate((4095, 1000)): cv2.imwrite(str(tmp_path / f'{i}.png'), np.full((S, S, 3), (top, 9, 9), np.uint16))
+    for i, top in enumerate((4095, 1000)):
+        cv2.imwrite(str(tmp_path / f'{i}.png'), np.full((S, S, 3), (top, 9, 9), np.uint16))
     assert load(tmp_path).images[:, 2, 5, 5].tolist() == [255, 62]       # BGR on disk
 
 
@@ -152,7 +160,8 @@ def test_deep_transparency_and_orientation(tmp_path):
 @pytest.mark.parametrize('photometric', ['MONOCHROME2', 'MONOCHROME1'])
 def test_padding_is_black_and_takes_no_part(tmp_path, kind, value, photometric):
     a = NOISE.astype(f'<{kind}2')
-    plain, = read_dicom(dicom(tmp_path / 'a.dcm', np.where(DISC, a, a[DISC].max()).astype(a.dtype), PhotometricInterpretation=photometric))
+    plain, = read_dicom(dicom(tmp_path / 'a.dcm', np.where(DISC, a, a[DISC].max()).astype(a.dtype),
+                              PhotometricInterpretation=photometric))
     padded = np.where(DISC, a, np.array(value).astype(a.dtype))
     pad = int(np.array(value).astype(a.dtype)) if value < 0 or kind == 'u' else -2000
     got, = read_dicom(dicom(tmp_path / 'b.dcm', padded, PhotometricInterpretation=photometric, PixelPaddingValue=pad))
@@ -160,7 +169,7 @@ def test_padding_is_black_and_takes_no_part(tmp_path, kind, value, photometric):
 
 
 def test_a_padding_range(tmp_path):
-    a = np.where(DISC, NOISE, 5000 + NOISE).astype('<u2')
+    a = np.where(DISC, NOISE, 5000 + NOISE.astype(int)).astype('<u2')
     got, = read_dicom(dicom(tmp_path / 'a.dcm', a, PixelPaddingValue=5300, PixelPaddingRangeLimit=5000))
     assert not got[~DISC].any() and np.ptp(got[DISC]) > 240
 
@@ -172,7 +181,8 @@ def test_a_series_without_a_window_has_one_scale(tmp_path):
     assert means[1] < .85 * means[0] and means[2] < .6 * means[0] and means[3] > .8 * means[0]
 
 
-NAMES = {'IM000017': 128, '1.2.840.113619.2.55.3.0': 128, 'X.MR.0000.IMA': 128, 'i0.CTDC.0': 128, 'S0.DCM': 128, 'raw.17': 0, 'plain.dcm': 0}
+NAMES = {'IM000017': 128, '1.2.840.113619.2.55.3.0': 128, 'X.MR.0000.IMA': 128, 'i0.CTDC.0': 128, 'S0.DCM': 128,
+         'raw.17': 0, 'plain.dcm': 0}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -187,11 +197,14 @@ def test_dicom_is_found_by_its_content(tmp_path, name):
 
 
 def test_subjects_fall_back_to_study_and_series(tmp_path):
-    who = [{'PatientID': 'a', 'StudyInstanceUID': '1.1'}, {'PatientID': 'a', 'StudyInstanceUID': '1.2'}, {'PatientID': '', 'StudyInstanceUID': '1.3'},
-           {'StudyInstanceUID': '1.3', 'SeriesInstanceUID': '1.4'}, {'SeriesInstanceUID': '1.5'}, {'SeriesInstanceUID': '1.5'}, {}]
+    who = [{'PatientID': 'a', 'StudyInstanceUID': '1.1'}, {'PatientID': 'a', 'StudyInstanceUID': '1.2'},
+           {'PatientID': '', 'StudyInstanceUID': '1.3'},
+           {'StudyInstanceUID': '1.3', 'SeriesInstanceUID': '1.4'}, {'SeriesInstanceUID': '1.5'},
+           {'SeriesInstanceUID': '1.5'}, {}]
     for i, tags in enumerate(who): dicom(tmp_path / f'd/{i}.dcm', SLICES[0], **tags)
     s = load(tmp_path / 'd').subjects
-    assert s[0] == s[1] and s[2] == s[3] and s[4] == s[5] and s[6] == '6' and len(set(s)) == 4 and all(len(x) == 12 for x in s[:6])
+    assert s[0] == s[1] and s[2] == s[3] and s[4] == s[5] and s[6] == '6' and len(set(s)) == 4 and all(len(x) == 12
+                                                                                                       for x in s[:6])
 
 
 # NIfTI
@@ -222,7 +235,8 @@ def test_contrasts_are_contrasts(tmp_path, contrasts, size):
     v[8:40, 8:32] = RNG.random((32, 24, 3, contrasts)) + np.arange(1, contrasts + 1)
     ds = load(nifti(tmp_path / 'a.nii.gz', v), size)
     assert ds.images.shape == (3, contrasts, size, size) and load(tmp_path / 'a.nii.gz', size, channels=1).channels == 1
-    assert (load(tmp_path / 'a.nii.gz', size, channels=1).images[:, 0] == ds.images[:, 0]).all()      # the first, not a mean of colours
+    # the first, not a mean of colours
+    assert (load(tmp_path / 'a.nii.gz', size, channels=1).images[:, 0] == ds.images[:, 0]).all()
     assert ds.images[0].any(0).mean() < .7                                # letterboxed, not cropped like a photograph
     assert image_to_square(np.zeros((48, 40, contrasts), np.uint8), size).shape == (size, size, contrasts)
 
@@ -230,7 +244,8 @@ def test_contrasts_are_contrasts(tmp_path, contrasts, size):
 @pytest.mark.parametrize('shape', [(S, S), (S, S, 1), (S, S, 3, 1), (S, S, 3, 1, 2)])
 def test_dimensions_of_length_one(tmp_path, shape):
     got = read_nifti(nifti(tmp_path / 'a.nii', RNG.random(shape).astype(np.float32)))
-    assert len(got) == (shape[2] if len(shape) > 2 else 1) and got[0].shape == ((S, S, 2) if len(shape) == 5 else (S, S))
+    assert len(got) == (shape[2] if len(shape) > 2 else 1) and got[0].shape == ((S, S, 2) if len(shape) == 5
+                                                                                else (S, S))
 
 
 def test_z_scores_per_volume_over_the_brain(tmp_path):
@@ -239,7 +254,8 @@ def test_z_scores_per_volume_over_the_brain(tmp_path):
     for i, scale in enumerate((1, 300)): nifti(tmp_path / f'd/p{i}.nii.gz', brain * scale)
     ds = load(tmp_path / 'd', normalise='zscore')
     inside = ds.images[:, 0] > -1
-    assert ds.images.dtype == np.float32 and ds.kinds['image'] == 'picture' and inside.mean() == pytest.approx(400 / S**2, abs=.01)
+    assert ds.images.dtype == np.float32 and ds.kinds['image'] == 'picture'
+    assert inside.mean() == pytest.approx(400 / S**2, abs=.01)
     assert abs(ds.images[:, 0][inside].mean()) < .01 and 5 * ds.images[:, 0][inside].std() == pytest.approx(1, abs=.02)
     assert np.abs(ds.images[:4] - ds.images[4:]).max() < 1e-5              # no trace of the scanner's scale
     disk = [load(tmp_path / 'd', normalise='zscore', cache='disk') for _ in range(2)]
@@ -252,12 +268,14 @@ BLANK = np.zeros((S, S), np.uint8)
 FORE = np.uint8(DISC) * 255
 SOFT = cv2.resize(FORE[::2, ::2], (S, S), interpolation=cv2.INTER_LINEAR)
 MASKS = {
-    '0/1': FORE // 255, '0/255': FORE, '16 bits': FORE.astype(np.uint16) * 257, 'bilevel': DISC, 'float': DISC * np.float32(.9),
+    '0/1': FORE // 255, '0/255': FORE, '16 bits': FORE.astype(np.uint16) * 257, 'bilevel': DISC,
+    'float': DISC * np.float32(.9),
     'small float': DISC * np.float32(.01), 'float labels': DISC.astype(np.float32), 'int32': DISC.astype(np.int32),
     'alpha on black': np.dstack([BLANK] * 3 + [FORE]), 'alpha on white': np.dstack([BLANK + 255] * 3 + [FORE]),
     'white, opaque': np.dstack([FORE] * 3 + [BLANK + 255]), 'white on transparent': np.dstack([FORE] * 4),
     'grey and alpha': np.dstack([BLANK, FORE]), 'grey as RGB': np.dstack([FORE] * 3),
-    'red': np.dstack([FORE, BLANK, BLANK]), 'green': np.dstack([BLANK, FORE, BLANK]), 'blue': np.dstack([BLANK, BLANK, FORE // 2]),
+    'red': np.dstack([FORE, BLANK, BLANK]), 'green': np.dstack([BLANK, FORE, BLANK]),
+    'blue': np.dstack([BLANK, BLANK, FORE // 2]),
 }
 
 
@@ -294,7 +312,8 @@ def test_antialiased_and_two_classes(tmp_path):
     got, = read_mask(put(tmp_path / 'a.png', a))
     assert set(np.unique(got)) == {0, 128, 255} and (got == 128).sum() > 200
     ring = (got == 128) & ((np.mgrid[:64, :64] - 32)**2).sum(0).__gt__(15**2)
-    assert not ring.any()                                                  # the outer edge is no ring of the inner class
+    # the outer edge is no ring of the inner class
+    assert not ring.any()
 
 
 @pytest.mark.parametrize('labels', [range(4), range(0, 250, 10), (0, 1, 2, 4), (0, 60, 120, 240)])
@@ -309,7 +328,8 @@ def test_float_label_maps_and_probabilities_in_volumes(tmp_path):
     for name, a in {'labels': v * 2.0001, 'probability': v * .8, 'nan': np.where(v, 1., np.nan)}.items():
         got = read_mask(nifti(tmp_path / f'{name}.nii.gz', a.astype(np.float32)))
         assert all(((g > 0) == (got[0] > 0)).all() for g in got) and (got[0] > 0).sum() == DISC.sum()
-    with pytest.raises(ValueError, match='with 2 channels'): read_mask(nifti(tmp_path / 'm.nii', np.zeros((S, S, 2, 2), np.float32)))
+    with pytest.raises(ValueError, match='with 2 channels'):
+        read_mask(nifti(tmp_path / 'm.nii', np.zeros((S, S, 2, 2), np.float32)))
 
 
 @pytest.mark.parametrize('full', [255, 65535])
@@ -318,9 +338,11 @@ def test_one_class_under_two_numbers(tmp_path, full):
         put(tmp_path / f'images/{i}.png')
         put(tmp_path / f'masks/{i}.png', m)
     ds = load(tmp_path)
-    assert ds.classes == ('background', 'foreground') and ((ds.masks[0] > 0) == DISC).all() and (ds.masks[0] == ds.masks[1]).all()
+    assert ds.classes == ('background', 'foreground') and ((ds.masks[0] > 0) == DISC).all() and (ds.masks[0]
+                                                                                                 == ds.masks[1]).all()
     put(tmp_path / 'masks/0.png', np.where(YY < 16, FORE, FORE // 255).astype(np.uint8))
-    if full == 255: assert load(tmp_path).classes == ('background', 'label 1', 'label 255')          # one mask uses both
+    if full == 255:
+        assert load(tmp_path).classes == ('background', 'label 1', 'label 255')          # one mask uses both
 
 
 @pytest.mark.parametrize('tag', [3, 6, 8])
@@ -330,11 +352,12 @@ def test_image_and_mask_turn_together(tmp_path, tag):
     put(tmp_path / 'images/0.png', np.where(DISC, 200, NOISE // 4).astype(np.uint8), exif=exif)
     put(tmp_path / 'masks/0.png', FORE, exif=exif)
     ds = load(tmp_path)
-    assert ds.images[0, 0][ds.masks[0] > 0].min() == 200 and not (ds.masks[0] > 0)[14, 18:20].all() or tag == 3
+    assert ds.images[0, 0][ds.masks[0] > 0].min() == 200 and ((ds.masks[0] > 0) != DISC).any()
 
 
 BAD_MASKS = {'colours': lambda p: put(p, RNG.integers(0, 255, (S, S, 3), np.uint8)),
-             'instances': lambda p: put(p, np.arange(S * S, dtype=np.uint16).reshape(S, S)), 'broken': lambda p: p.write_text('no')}
+             'instances': lambda p: put(p, np.arange(S * S, dtype=np.uint16).reshape(S, S)),
+             'broken': lambda p: p.write_text('no')}
 
 
 @pytest.mark.parametrize('bad', BAD_MASKS)
@@ -353,15 +376,19 @@ def test_instances_are_a_plane(tmp_path):
     put(tmp_path / 'masks/0.png', ids)
     for cache in ('memory', 'disk', 'disk'):
         ds = load(tmp_path, masks='instances', cache=cache)
-        assert ds.kinds['instances'] == 'instances' and (ds.planes['instances'][0] == ids).all() and ds.batch([0])['instances'].max() == ids.max()
+        assert ds.kinds['instances'] == 'instances' and (ds.planes['instances'][0]
+                                                         == ids).all() and ds.batch([0])['instances'].max() == ids.max()
 
 
 # Layouts
 
 LAYOUTS = {
-    'imgs + masks with an ending': ('imgs/{}.png', 'masks/{}_mask.png'), 'image + mask': ('image/{}.png', 'mask/{}.png'),
-    'Images + Masks': ('Images/{}.png', 'Masks/{}.png'), 'DRIVE': ('training/images/{}_training.png', 'training/1st_manual/{}_manual1.png'),
-    'beside': ('a/{}.png', 'a/{}_mask.png'), 'beside, other words': ('{}.png', '{}_segmentation.png'), 'below': ('{}.png', 'masks/{}.png'),
+    'imgs + masks with an ending': ('imgs/{}.png', 'masks/{}_mask.png'),
+    'image + mask': ('image/{}.png', 'mask/{}.png'),
+    'Images + Masks': ('Images/{}.png', 'Masks/{}.png'),
+    'DRIVE': ('training/images/{}_training.png', 'training/1st_manual/{}_manual1.png'),
+    'beside': ('a/{}.png', 'a/{}_mask.png'), 'beside, other words': ('{}.png', '{}_segmentation.png'),
+    'below': ('{}.png', 'masks/{}.png'),
     'images + labels': ('x/images/{}.png', 'x/labels/{}.png'), 'deep': ('images/train/{}.png', 'masks/train/{}.png'),
     'images + gt': ('images/{}.png', 'gt/{}_GT.png'), 'beside, in images': ('images/{}.png', 'images/{}_mask.png'),
     'image endings': ('images/{}_image.png', 'masks/{}_label.png'),
@@ -405,7 +432,8 @@ def test_nnunet_channels_and_labels(tmp_path):
     nifti(tmp_path / 'imagesTr/c_0000.nii.gz', v)
     nifti(tmp_path / 'labelsTr/c.nii.gz', (v > 0).astype(np.uint8))
     with pytest.warns(UserWarning, match='it has 1 channels, others 2'): ds = load_images(tmp_path, S)
-    assert (len(ds), ds.channels, sorted(set(ds.subjects)), ds.classes) == (8, 2, ['a', 'b'], ('background', 'foreground'))
+    assert (len(ds), ds.channels, sorted(set(ds.subjects)), ds.classes) == (8, 2, ['a', 'b'],
+                                                                            ('background', 'foreground'))
     for i in range(3): put(tmp_path / f'plain/scan_{i:04}.png')
     assert load(tmp_path / 'plain').channels == 1 and len(load(tmp_path / 'plain')) == 3
 
@@ -431,15 +459,18 @@ def test_linked_folders_are_entered_once(tmp_path):
     put(tmp_path / 'far/one/a.png')
     put(tmp_path / 'far/two/b.png')
     (tmp_path / 'set').mkdir()
-    for name, to in {'link': '../far/one', 'again': '../far/one', 'deep': '../far', 'loop': '.', 'up': '..', 'gone': '../nothing'}.items():
+    for name, to in {'link': '../far/one', 'again': '../far/one', 'deep': '../far', 'loop': '.', 'up': '..',
+                     'gone': '../nothing'}.items():
         os.symlink(to, tmp_path / 'set' / name)
     os.symlink('../far/one/a.png', tmp_path / 'set/c.png')
     names = sorted(Path(p).name for p in load(tmp_path / 'set').paths)
     assert names == ['a.png', 'b.png', 'c.png']
 
 
-@pytest.mark.parametrize('name, content', [('x.dcm', b'\0' * 300), ('x.dcm', b'DICM'), ('x.nii', b''), ('x.nii.gz', b'garbage'),
-                                           ('x.nii.gz', gzip.compress(b'short')), ('x.png', b'\x89PNG\r\n\x1a\n'), ('x.jpg', b''), ('x.tif', b'II*\0' + b'\xff' * 40)])
+@pytest.mark.parametrize('name, content',
+                         [('x.dcm', b'\0' * 300), ('x.dcm', b'DICM'), ('x.nii', b''), ('x.nii.gz', b'garbage'),
+                                           ('x.nii.gz', gzip.compress(b'short')), ('x.png', b'\x89PNG\r\n\x1a\n'),
+                                           ('x.jpg', b''), ('x.tif', b'II*\0' + b'\xff' * 40)])
 def test_one_bad_file_among_good_ones(tmp_path, name, content):
     for i in range(3): put(tmp_path / f'{i}.png')
     (tmp_path / name).write_bytes(content)
@@ -485,7 +516,7 @@ def test_deflated_files_of_usual_size_are_read(tmp_path):
     ds = pydicom.dcmread(tmp_path / 'a.dcm')
     ds.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     ds.save_as(tmp_path / 'b.dcm', enforce_file_format=True)
-    assert (read_dicom(tmp_path / 'b.dcm')[0] == want).all() and zlib
+    assert (read_dicom(tmp_path / 'b.dcm')[0] == want).all()
 
 
 TABLES = {
@@ -526,7 +557,8 @@ def test_a_table_may_lead_outside_if_allowed_and_utf16_is_read(tmp_path):
 def test_the_table_of_a_parent_is_not_read(tmp_path):
     put(tmp_path / 'd/a.png')
     (tmp_path / 'manifest.csv').write_text('image,subject\nd/a.png,somebody\n')
-    assert load(tmp_path / 'd').subjects == ['a'] and load(tmp_path / 'd', manifest=tmp_path / 'manifest.csv').subjects == ['somebody']
+    assert load(tmp_path / 'd').subjects == ['a'] and load(tmp_path / 'd',
+                                                           manifest=tmp_path / 'manifest.csv').subjects == ['somebody']
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes on this system')
@@ -553,11 +585,16 @@ def test_control_characters_never_reach_a_message(tmp_path):
 
 
 HARM = {
-    'other shape': lambda f: np.save(f / 'image.npy', np.zeros((3, 1, 8, 8), np.uint8)), 'other type': lambda f: np.save(f / 'image.npy', np.zeros((3, 1, S, S), np.float32)),
-    'too few': lambda f: np.save(f / 'image.npy', np.zeros((2, 1, S, S), np.uint8)), 'labels too large': lambda f: np.save(f / 'mask.npy', np.full((3, S, S), 9, np.uint8)),
-    'objects': lambda f: np.save(f / 'image.npy', np.array([{}] * 3), allow_pickle=True), 'no mask': lambda f: (f / 'mask.npy').unlink(),
-    'names': lambda f: change(f, paths=[1, 2, 3]), 'subjects': lambda f: change(f, subjects=['a']), 'classes': lambda f: change(f, classes=None),
-    'a list': lambda f: (f / 'data.json').write_text('[]'), 'nested': lambda f: (f / 'data.json').write_text('[' * 100_000), 'planes': lambda f: change(f, planes={'image': 3}),
+    'other shape': lambda f: np.save(f / 'image.npy', np.zeros((3, 1, 8, 8), np.uint8)),
+    'other type': lambda f: np.save(f / 'image.npy', np.zeros((3, 1, S, S), np.float32)),
+    'too few': lambda f: np.save(f / 'image.npy', np.zeros((2, 1, S, S), np.uint8)),
+    'labels too large': lambda f: np.save(f / 'mask.npy', np.full((3, S, S), 9, np.uint8)),
+    'objects': lambda f: np.save(f / 'image.npy', np.array([{}] * 3), allow_pickle=True),
+    'no mask': lambda f: (f / 'mask.npy').unlink(),
+    'names': lambda f: change(f, paths=[1, 2, 3]), 'subjects': lambda f: change(f, subjects=['a']),
+    'classes': lambda f: change(f, classes=None),
+    'a list': lambda f: (f / 'data.json').write_text('[]'),
+    'nested': lambda f: (f / 'data.json').write_text('[' * 100_000), 'planes': lambda f: change(f, planes={'image': 3}),
     'facts': lambda f: change(f, facts={'low': [1]}), 'empty': lambda f: change(f, paths=[], subjects=[]),
 }
 
@@ -598,8 +635,10 @@ def test_any_data_set_of_dictionaries_trains(form):
     b = next(Batches(ds, 4, seed=1, workers=2))
     assert b['image'].shape == (4, 1, 16, 16) and b['mask'].dtype == torch.int64 and b['mask'].shape == (4, 16, 16)
     i = int(b['path'][2])
-    assert type(b['image']) is torch.Tensor and torch.allclose(b['image'][2], X[i], atol=1 / 127) and torch.equal(b['mask'][2], SAMPLES[i]['mask'])
-    assert (ds.size, ds.channels, len(ds)) == (16, 1, 6) and ds.fingerprint() == as_image_data([sample(s) for s in SAMPLES]).fingerprint()
+    assert type(b['image']) is torch.Tensor and torch.allclose(b['image'][2], X[i],
+            atol=1 / 127) and torch.equal(b['mask'][2], SAMPLES[i]['mask'])
+    assert (ds.size, ds.channels,
+            len(ds)) == (16, 1, 6) and ds.fingerprint() == as_image_data([sample(s) for s in SAMPLES]).fingerprint()
     assert as_image_data([sample(s) for s in SAMPLES[::-1]]).fingerprint() != ds.fingerprint()
     kept = ds.in_memory()
     assert torch.equal(kept.batch(range(6))['image'], ds.batch(range(6))['image']) and kept.kinds['mask'] == 'labels'
@@ -607,24 +646,32 @@ def test_any_data_set_of_dictionaries_trains(form):
 
 def test_samples_are_read_when_they_are_asked_for():
     class Lazy:
-        read = []
+        def __init__(self): self.read = []
         def __len__(self): return 1000
         def __getitem__(self, i): self.read.append(i); return SAMPLES[i % 6]
-    ds = as_image_data(Lazy())
+    lazy = Lazy()
+    ds = as_image_data(lazy)
     next(Batches(ds, 4))
-    assert len(Lazy.read) == 5
+    assert len(lazy.read) == 5
     with pytest.raises(IndexError): ds[1000]
-    assert len(ds.fingerprint()) == 16 and len(Lazy.read) < 40
+    assert len(ds.fingerprint()) == 16 and len(lazy.read) < 40
 
 
 WRONG = {
-    'a path': ('images/', 'read a folder with load_images'), 'a Path': (Path('images'), 'read a folder with load_images'),
-    'a loader': (torch.utils.data.DataLoader(SAMPLES), 'pass its data set'), 'an array': (X.numpy(), 'wrap arrays with ImageData'),
-    'a generator': (iter(SAMPLES), 'a data set with a length'), 'a dictionary': ({'image': X}, 'a data set with a length'),
-    'pairs': ([(X[0], 1)], 'sample 0 is a tuple'), 'no image': ([{'img': X[0]}], "sample 0 has no 'image'; it has img"), 'empty': ([], 'empty'),
-    '0 … 255': ([{'image': X[0] * 127 + 128}], 'image runs from'), 'NaN': ([{'image': X[0] * float('nan')}], 'image runs from nan'),
-    'integers': ([{'image': X[0].long()}], 'pass uint8, or float'), 'flat': ([{'image': X[0, 0]}], r'must be \(C, H, W\)'),
-    'text': ([{'image': 'a.png'}], 'image is a str'), 'nothing': (None, 'NoneType'), 'not square': ([{'image': X[0][:, :8]}], '16×8 pixels'),
+    'a path': ('images/', 'read a folder with load_images'),
+    'a Path': (Path('images'), 'read a folder with load_images'),
+    'a loader': (torch.utils.data.DataLoader(SAMPLES), 'pass its data set'),
+    'an array': (X.numpy(), 'wrap arrays with ImageData'),
+    'a generator': (iter(SAMPLES), 'a data set with a length'),
+    'a dictionary': ({'image': X}, 'a data set with a length'),
+    'pairs': ([(X[0], 1)], 'sample 0 is a tuple'),
+    'no image': ([{'img': X[0]}], "sample 0 has no 'image'; it has img"), 'empty': ([], 'empty'),
+    '0 … 255': ([{'image': X[0] * 127 + 128}], 'image runs from'),
+    'NaN': ([{'image': X[0] * float('nan')}], 'image runs from nan'),
+    'integers': ([{'image': X[0].long()}], 'pass uint8, or float'),
+    'flat': ([{'image': X[0, 0]}], r'must be \(C, H, W\)'),
+    'text': ([{'image': 'a.png'}], 'image is a str'), 'nothing': (None, 'NoneType'),
+    'not square': ([{'image': X[0][:, :8]}], '16×8 pixels'),
 }
 
 
@@ -635,8 +682,10 @@ def test_what_is_no_training_data_is_refused_in_a_line(case):
     assert '\n' not in str(e.value)
 
 
-LATER = {'other size': ({'image': X[0][:, :8, :8], 'mask': SAMPLES[0]['mask'][:8, :8], 'age': torch.ones(1)}, r'sample 1: image has shape \(1, 8, 8\)'),
-         'no mask': ({'image': X[0], 'age': torch.ones(1)}, "sample 1 has no 'mask'"), 'new plane': (SAMPLES[0] | {'extra': X[0]}, 'extra has shape .* it is missing')}
+LATER = {'other size': ({'image': X[0][:, :8, :8], 'mask': SAMPLES[0]['mask'][:8, :8], 'age': torch.ones(1)},
+                        r'sample 1: image has shape \(1, 8, 8\)'),
+         'no mask': ({'image': X[0], 'age': torch.ones(1)}, "sample 1 has no 'mask'"),
+         'new plane': (SAMPLES[0] | {'extra': X[0]}, 'extra has shape .* it is missing')}
 
 
 @pytest.mark.parametrize('case', LATER)
@@ -659,9 +708,11 @@ def test_a_loader_with_processes_and_monai_transforms():
     ds = phantom_data('brain_mri', 6, 16)
     loader = torch.utils.data.DataLoader(ds, batch_size=3, num_workers=2)
     assert torch.equal(torch.cat([b['image'] for b in loader]), ds.batch(range(6))['image'])
-    flip = Compose([EnsureChannelFirstd('mask', channel_dim='no_channel'), RandFlipd(['image', 'mask'], prob=1., spatial_axis=1)])
+    flip = Compose([EnsureChannelFirstd('mask', channel_dim='no_channel'),
+                    RandFlipd(['image', 'mask'], prob=1., spatial_axis=1)])
     b = as_image_data(Dataset(ds, flip)).batch([4])
-    assert torch.equal(b['image'], ds.batch([4])['image'].flip(-1)) and torch.equal(b['mask'], ds.batch([4])['mask'].flip(-1))
+    assert torch.equal(b['image'], ds.batch([4])['image'].flip(-1)) and torch.equal(b['mask'],
+                                                                                    ds.batch([4])['mask'].flip(-1))
 
 
 # The summary
@@ -677,7 +728,8 @@ def test_a_summary_says_what_was_understood(tmp_path):
     assert s.sides == [((32, 32), 3), ((64, 32), 2)] and s.values == (float(NOISE.min()), float(NOISE.max()))
     assert s.classes[1][0] == 'foreground' and s.classes[1][2] == .8 and len(s.skipped) == 2
     text = '\n'.join(s.lines())
-    assert all(w in text for w in ('cannot identify', 'looks like a mask', '64×32 (2)', 'nothing says whose body')) and len(s.brief()) == 2
+    assert all(w in text for w in ('cannot identify', 'looks like a mask', '64×32 (2)',
+                                   'nothing says whose body')) and len(s.brief()) == 2
     for cache in ('disk', 'disk'):
         with pytest.warns(UserWarning): assert summarise(load_images(tmp_path, S, cache=cache)) == s
 
@@ -686,8 +738,9 @@ def test_a_summary_says_what_was_understood(tmp_path):
 def test_a_contact_sheet_shows_masks_on_images(kind):
     ds = phantom_data(kind, 5, 32)
     sheet, bare = contact_sheet(ds, 4), contact_sheet(ds.with_planes(mask=None), 4)
-    assert sheet.dtype == np.uint8 and sheet.shape == bare.shape and 800 <= sheet.shape[1] <= 1200 and (sheet != bare).any()
+    assert sheet.dtype == np.uint8 and sheet.shape == bare.shape
+    assert 800 <= sheet.shape[1] <= 1200 and (sheet != bare).any()
     inside = contact_sheet(ds.with_planes(mask=np.zeros_like(ds.masks)), 4)
     assert (inside == bare).all()
-    assert contact_sheet(ImageData(ds.images.astype(np.float32) / 127.5 - 1)).any() and csv
+    assert contact_sheet(ImageData(ds.images.astype(np.float32) / 127.5 - 1)).any()
     with pytest.raises(ValueError, match='the set is empty'): contact_sheet(ds.subset([]))

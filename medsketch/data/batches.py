@@ -106,7 +106,7 @@ AUGMENT = {
     'all': Augment(flip_rotate, turn),
 }
 
-# %% ../../nbs/02_data/08_batches.ipynb #015fe99f
+# %% ../../nbs/02_data/08_batches.ipynb #3d1b6a0e
 class Batches:
     "An endless iterator over shuffled batches, resumable at any image"
     def __init__(self,
@@ -120,7 +120,8 @@ class Batches:
         workers:int=0, # threads that prepare the next batches; 0: prepare each when it is asked for
         pin:bool=False, # in page-locked memory, from which a GPU copies faster; does nothing without CUDA
     ):
-        if not hasattr(ds, 'batch'): raise ValueError(f"{type(ds).__name__} has no batch(indices): pass as_image_data(data)")
+        if not hasattr(ds, 'batch'):
+            raise ValueError(f"{type(ds).__name__} has no batch(indices): pass as_image_data(data)")
         if not len(ds): raise ValueError("the dataset is empty: nothing to make batches of")
         if batch_size < 1: raise ValueError(f"batch_size {batch_size}: at least 1")
         if workers < 0: raise ValueError(f"workers {workers}: at least 0")

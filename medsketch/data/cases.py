@@ -86,7 +86,7 @@ def find(
     if path.suffix.lower() == '.csv': return Found(path.parent, (), path)
     return Found(path.parent, (path,) if file_kind(path) else (), single=True)
 
-# %% ../../nbs/02_data/05_cases.ipynb #f0910c6c
+# %% ../../nbs/02_data/05_cases.ipynb #0dcea066
 def _rows_of(table):
     "The rows of a table as dictionaries. Raises `ValueError` in one line for anything that is no table"
     data = table.read_bytes()
@@ -96,13 +96,15 @@ def _rows_of(table):
     except csv.Error as e: raise ValueError(f"{shown(table)} is no table that can be read: {shown(e)}") from None
     if rows and 'image' not in rows[0]:
         raise ValueError(f"{shown(table)} has no column 'image'; its columns are {shown(', '.join(map(str, rows[0])))}")
-    return [{k: (v or '').strip() for k, v in r.items() if isinstance(k, str) and not isinstance(v, list)} for r in rows]
+    return [{k: (v or '').strip() for k, v in r.items() if isinstance(k, str) and not isinstance(v, list)}
+            for r in rows]
 
 def _below(root, name, line, table, outside):
     "A path of a table. Raises `ValueError` if it leads out of the table's folder"
     path = Path(os.path.normpath(root / name))
     if '\0' in name or not (outside or path.is_relative_to(root)):
-        raise ValueError(f"{shown(table.name)}, line {line}: {shown(name)} is outside its folder; pass outside=True if that is meant")
+        raise ValueError(f"{shown(table.name)}, line {line}: {shown(name)} is outside its folder; "
+                         'pass outside=True if that is meant')
     return path
 
 # %% ../../nbs/02_data/05_cases.ipynb #595eac53
@@ -129,10 +131,13 @@ def stem(path):
     if path.name.lower().endswith('.nii.gz'): return path.name[:-7]
     return path.stem if path.suffix[1:].isalpha() else path.name
 
-# %% ../../nbs/02_data/05_cases.ipynb #4c55288e
-IMAGE_FOLDERS = ('images', 'image', 'imgs', 'img', 'imagestr', 'imagests', 'imagesval', 'original', 'originals', 'scans')
-MASK_FOLDERS = ('masks', 'labels', 'labelstr', 'labelsts', 'labelsval', '1st_manual', 'manual', 'annotations', 'annotation', 'segmentations',
-                'segmentation', 'groundtruth', 'ground_truth', 'gt', 'mask', 'label') # in this order, where there are several
+# %% ../../nbs/02_data/05_cases.ipynb #5018d627
+IMAGE_FOLDERS = ('images', 'image', 'imgs', 'img', 'imagestr', 'imagests', 'imagesval', 'original', 'originals',
+                 'scans')
+MASK_FOLDERS = ('masks', 'labels', 'labelstr', 'labelsts', 'labelsval', '1st_manual', 'manual', 'annotations',
+                'annotation', 'segmentations',
+                'segmentation', 'groundtruth', 'ground_truth', 'gt', 'mask',
+                'label') # in this order, where there are several
 MASK_WORDS = 'masks?|seg|segmentation|labels?|gt|groundtruth|ground_truth|manual\\d*|annotation|lesion'
 MASK_END = re.compile(rf'[_\- ]({MASK_WORDS})([_\- ]?\d+)?$', re.I)
 IMAGE_END = re.compile(r'[_\- ](image|img|training|test|original)$', re.I)
@@ -180,7 +185,7 @@ def sort_files(
         else: out.other.append(p)
     return out if out.images else Sorted(list(files))
 
-# %% ../../nbs/02_data/05_cases.ipynb #bed0b901
+# %% ../../nbs/02_data/05_cases.ipynb #ec70884f
 def _mask_table(masks, root):
     "Masks by where their image should be: {(home, below, bare name): [(rank of the folder, path)]}"
     table = {}
@@ -199,7 +204,9 @@ def masks_of(
     "The masks of an image"
     home, below, role = _place(image, root)
     keys = [(home, below, n) for n in dict.fromkeys((stem(image).lower(), bare(stem(image))))]
-    if role: keys += [(home + image.relative_to(root.parent).parts[len(home):len(home) + 1] + below, (), k[2]) for k in keys] # beside it
+    if role:
+        # beside it
+        keys += [(home + image.relative_to(root.parent).parts[len(home):len(home) + 1] + below, (), k[2]) for k in keys]
     for k in keys:
         if found := sorted(table.get(k, [])):
             same = [m for rank, m in found if rank == found[0][0]]
@@ -207,14 +214,15 @@ def masks_of(
             return tuple(exact or same)
     return ()
 
-# %% ../../nbs/02_data/05_cases.ipynb #d3109f60
+# %% ../../nbs/02_data/05_cases.ipynb #3b83376f
 CHANNEL = re.compile(r'_(\d{4})$')
 
 def _channel_groups(images):
     "Files of nnU-Net folders grouped by case: [(name, (paths in the order of their channels))], others one by one"
     groups, out = {}, []
     for p in images:
-        numbered = CHANNEL.search(stem(p)) if any(n.lower().startswith('images') and n[6:] in ('Tr', 'Ts', 'Val') for n in p.parts) else None
+        numbered = CHANNEL.search(stem(p)) if any(n.lower().startswith('images') and n[6:] in ('Tr', 'Ts', 'Val')
+                                                  for n in p.parts) else None
         if numbered: groups.setdefault((p.parent, stem(p)[:-5]), {})[int(numbered[1])] = p
         else: out.append((stem(p), (p,)))
     return out + [(name, tuple(g[k] for k in sorted(g))) for (_, name), g in groups.items()]
@@ -232,7 +240,8 @@ def _by_ending(files, modalities, masks):
         if missing:
             raise ValueError(f"{shown(name)} has no contrast {missing[0]!r} (file {shown(name.name)}_{missing[0]}.*); "
                              'remove the case or leave the contrast out of modalities')
-        cases.append((name.name, tuple(g[m] for m in modalities), g.get('seg') or g.get('mask') or masks.get(name.name)))
+        cases.append((name.name, tuple(g[m] for m in modalities), g.get('seg') or g.get('mask')
+                      or masks.get(name.name)))
     return cases
 
 # %% ../../nbs/02_data/05_cases.ipynb #3c82f772
@@ -292,11 +301,11 @@ def _second_choice(mask, used, root):
     home, below, _ = _place(mask, root)
     return any(_place(u, root)[:2] == (home, below) and bare(stem(u)) == bare(stem(mask)) for u in used)
 
-# %% ../../nbs/02_data/05_cases.ipynb #93b73a3d
+# %% ../../nbs/02_data/05_cases.ipynb #9265fd12
 def pair(
     found:Found,
     modalities=None, # endings that tell the contrasts of a case apart, e.g. ('t1', 't1ce', 't2', 'flair')
-    subject:str=None, # regular expression whose first group, found in the path below the folder without its ending, names the subject
+    subject:str=None, # regular expression; its first group, in the path below the folder without ending, is the subject
     outside:bool=False, # may a table name files outside its folder?
 ) -> Paired:
     "Files as cases. Raises `ValueError` if there is none"
@@ -308,7 +317,8 @@ def pair(
     elif found.single: paired = Paired(tuple(Case((p,), name=stem(p)) for p in found.files))
     else: paired = _folder_cases(found)
     if not paired.cases:
-        raise ValueError(f"no images in {shown(found.table or found.root)}: expected png, jpg, tif, bmp, gif, ppm, webp, DICOM or NIfTI files, "
+        raise ValueError(f"no images in {shown(found.table or found.root)}: expected "
+                         'png, jpg, tif, bmp, gif, ppm, webp, DICOM or NIfTI files, '
                          'images/ and masks/, or a manifest.csv')
     if not subject: return paired
     return replace(paired, cases=tuple(replace(c, subject=_subject_of(c, found.root, subject)) for c in paired.cases))

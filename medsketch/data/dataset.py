@@ -27,9 +27,9 @@ from .files import one_line, shown
 from .planes import NDIM, ImageData, join, phantom_data, split_by_subject
 from .readers import FITS, can_convert, to_channels
 
-# %% ../../nbs/02_data/09_dataset.ipynb #626bc382
+# %% ../../nbs/02_data/09_dataset.ipynb #452e838b
 def _channels(depths):
-    "How many channels a set has: 1 if all is grey, 3 if some of it is in colour, else as many as every case has contrasts"
+    "How many channels a set has: 1 if all is grey, 3 if some is in colour, else as many as all have contrasts"
     return 3 if depths == {1, 3} else min(depths, default=1)
 
 def _bar(items, total):
@@ -110,7 +110,7 @@ def _pour(rows, shape, dtype, path):
         for r in rows: f.write(np.ascontiguousarray(r, dtype))
     return np.load(path, mmap_mode='r')
 
-# %% ../../nbs/02_data/09_dataset.ipynb #6bd85c2c
+# %% ../../nbs/02_data/09_dataset.ipynb #a206a509
 def _planes(kept, how, channels, table, spill, folder):
     "The arrays of a set by name, in memory or in a folder"
     n, size, at = len(kept), how.size, lambda name: folder and folder / f'{name}.npy'
@@ -118,8 +118,10 @@ def _planes(kept, how, channels, table, spill, folder):
     image = _pour(pixels, (n, channels, size, size), np.float32 if how.normalise == 'zscore' else np.uint8, at('image'))
     if not how.masks: return {'image': image}
     if how.masks == 'instances':
-        return {'image': image, 'instances': _pour((spill.get(k.labels) for k in kept), (n, size, size), np.int32, at('instances'))}
-    return {'image': image, 'mask': _pour((table[spill.get(k.labels)] for k in kept), (n, size, size), np.uint8, at('mask'))}
+        return {'image': image,
+                'instances': _pour((spill.get(k.labels) for k in kept), (n, size, size), np.int32, at('instances'))}
+    return {'image': image,
+            'mask': _pour((table[spill.get(k.labels)] for k in kept), (n, size, size), np.uint8, at('mask'))}
 
 def _build(cases, how, classes, channels, folder):
     "Decode, convert and store a set: (the set or None, skipped); `folder` is None for memory"
@@ -139,7 +141,7 @@ def _build(cases, how, classes, channels, folder):
     ds.subjects_known = all(k.known for k in usable)
     return ds, skipped
 
-# %% ../../nbs/02_data/09_dataset.ipynb #b61cfab7
+# %% ../../nbs/02_data/09_dataset.ipynb #853f2cc5
 def cache_dir() -> Path: # the folder; it need not exist yet
     "Where decoded sets are kept: `MEDSKETCH_CACHE`, or the user's cache folder"
     if os.environ.get('MEDSKETCH_CACHE'): return Path(os.environ['MEDSKETCH_CACHE']).expanduser()
@@ -157,22 +159,28 @@ def _stat(path):
 def _cache_key(cases, how, classes, channels):
     "A name for these files, as they are now, read this way"
     files = [[*map(_stat, c.images), *map(_stat, c.masks), c.subject, c.guess, c.name] for c in cases]
-    return hashlib.blake2b(repr((MEANING, asdict(how), classes, channels, files)).encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()
+    return hashlib.blake2b(repr((MEANING, asdict(how), classes, channels, files)).encode('utf-8', 'surrogateescape'),
+                           digest_size=8).hexdigest()
 
-# %% ../../nbs/02_data/09_dataset.ipynb #8d672b09
-def _strings(a, n=None): return isinstance(a, list) and all(isinstance(x, str) for x in a) and (n is None or len(a) == n)
+# %% ../../nbs/02_data/09_dataset.ipynb #35514d15
+def _strings(a, n=None): return isinstance(a, list) and all(isinstance(x, str) for x in a) and (n is None or len(a)
+                                                                                                == n)
 
 def _checked(folder, rest, size):
     "The planes of a stored set. Raises `ValueError` if anything is not as it should be"
     n, planes = len(rest['paths']), {}
-    ok = n and _strings(rest['paths']) and _strings(rest['subjects'], n) and (rest['classes'] is None or _strings(rest['classes']))
-    ok = ok and isinstance(rest['subjects_known'], bool) and all(_strings(s, 2) for s in rest['skipped']) and 'image' in rest['planes']
+    ok = n and _strings(rest['paths']) and _strings(rest['subjects'], n) and (rest['classes'] is None
+                                                                              or _strings(rest['classes']))
+    ok = ok and isinstance(rest['subjects_known'], bool) and all(_strings(s, 2)
+                                                                 for s in rest['skipped']) and 'image' in rest['planes']
     if not ok or any(len(v) != n for v in rest['facts'].values()): raise ValueError('names')
     if ('mask' in rest['planes']) != (rest['classes'] is not None): raise ValueError('classes')
     for name, (kind, dtype) in rest['planes'].items():
         a = np.load(folder / f'{Path(name).name}.npy', mmap_mode='r')
-        if a.dtype != np.dtype(dtype) or len(a) != n or a.ndim != NDIM[kind] or a.shape[-2:] != (size, size): raise ValueError(name)
-        if name == 'mask' and max(int(a[i:i + 64].max()) for i in range(0, n, 64)) >= len(rest['classes']): raise ValueError('labels')
+        if a.dtype != np.dtype(dtype) or len(a) != n or a.ndim != NDIM[kind] or a.shape[-2:] != (size, size):
+            raise ValueError(name)
+        if name == 'mask' and max(int(a[i:i + 64].max()) for i in range(0, n, 64)) >= len(rest['classes']):
+            raise ValueError('labels')
         planes[name] = a
     return planes
 
@@ -195,20 +203,23 @@ def _to_cache(folder, *args):
         if ds is None: return ds, skipped
         stored = {name: (ds.kinds[name], np.dtype(a.dtype).str) for name, a in ds.planes.items()}
         with atomic_write(folder / 'data.json', 'w') as f:
-            json.dump({k: getattr(ds, k) for k in ('paths', 'subjects', 'subjects_known', 'classes', 'skipped', 'facts')} | {'planes': stored}, f)
+            json.dump({k: getattr(ds, k)
+                       for k in ('paths', 'subjects', 'subjects_known', 'classes', 'skipped', 'facts')}
+                       | {'planes': stored}, f)
         return ds, skipped
     except OSError as e:
         raise RuntimeError(f"cannot write the cache in {shown(folder)}: {e.strerror or e}; "
                            "set MEDSKETCH_CACHE to a folder with room, or use cache='memory'") from None
 
-# %% ../../nbs/02_data/09_dataset.ipynb #76bfdeb8
+# %% ../../nbs/02_data/09_dataset.ipynb #7aee0c44
 CHOICES = {'fit': FITS, 'cache': ('memory', 'disk'), 'normalise': ('auto', 'percentile', 'zscore'), 'axis': (0, 1, 2),
            'masks': (None, True, False, 'instances')}
 
 def _check_arguments(channels, every, window, **choices):
     "Raises `ValueError` for an argument that cannot be"
     for name, value in choices.items():
-        if value not in CHOICES[name]: raise ValueError(f"{name} {value!r}; use one of {', '.join(map(str, CHOICES[name]))}")
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} {value!r}; use one of {', '.join(map(str, CHOICES[name]))}")
     if channels is not None and channels < 1 or every < 1: raise ValueError("channels and every must be at least 1")
     if window is not None and not (len(window) == 2 and window[1] > 0):
         raise ValueError(f"window {window!r}; give (centre, width), e.g. (-600, 1500)")
@@ -220,25 +231,25 @@ def _stored_or_built(args, cache):
     ds = _from_cache(folder, args[1].size)
     return (ds, ds.skipped) if ds else _to_cache(folder, *args)
 
-# %% ../../nbs/02_data/09_dataset.ipynb #7742deef
+# %% ../../nbs/02_data/09_dataset.ipynb #7bfb19db
 def load_images(
     path, # a folder, a manifest.csv or one file: see `find_cases`
     size:int, # side of the square images, a power of two
-    channels:int=None, # 1, 3 or the number of contrasts; None: 1 if all is grey, 3 with colour, else as many as all cases have
+    channels:int=None, # 1, 3 or the number of contrasts; None: 1 for grey, 3 with colour, else as many as all have
     fit:str='auto', # how to make a square: 'auto', 'letterbox', 'crop' or 'stretch', see `keep_box`
-    cache:str='memory', # where the pixels are kept: 'memory', or 'disk' to decode once and for all and to hold sets larger than memory
+    cache:str='memory', # where pixels are kept: 'memory', or 'disk' to decode only once and for sets larger than memory
     masks:bool=None, # read masks? None: if there are any; 'instances': as ids of instances
     classes=None, # names of the labels 0, 1, 2 … or {label: name}; None: found in the masks
     subject:str=None, # regular expression whose first group names the subject, see `pair`
     modalities=None, # endings that tell contrasts apart, e.g. ('t1', 't1ce', 't2', 'flair')
-    normalise:str='auto', # 'percentile': stretch 8-bit pictures too; 'zscore': float pictures, mean 0 and standard deviation 1 per volume
+    normalise:str='auto', # 'percentile': stretch 8-bit pictures too; 'zscore': floats, mean 0 and spread 1 per volume
     window=None, # (centre, width) for pixels deeper than 8 bits, e.g. (-600, 1500) for lungs
     axis:int=2, # slices of volumes: 0 sagittal, 1 coronal, 2 axial
     every:int=1, # every how many-th slice of a volume
     manifest=None, # a table elsewhere that describes this folder, e.g. that of the whole collection
     outside:bool=False, # may a table name files outside its folder?
 ) -> ImageData:
-    "Read a folder of images. Bad files are skipped and listed in `.skipped`; `ValueError` for a wrong argument, a label outside `classes`, or if nothing is left"
+    "Read a folder. Bad files are skipped, listed in `.skipped`; `ValueError` for wrong arguments or if none is left"
     _check_arguments(channels, every, window, fit=fit, cache=cache, normalise=normalise, axis=axis, masks=masks)
     paired = pair(find(path, manifest), modalities, subject, outside)
     cases = list(paired.cases)
@@ -247,10 +258,11 @@ def load_images(
     ds, skipped = _stored_or_built((cases, how, classes, channels), cache)
     if ds is None:
         raise ValueError(f"none of the {len(cases)} images in {shown(path)} can be used; {_example(skipped)}")
-    left = [(str(p), reason) for p, reason in paired.left_out] if masks is not False or any('channels' in r for _, r in paired.left_out) else []
+    left = [(str(p), r) for p, r in paired.left_out if masks is not False or 'channels' in r]
     ds.skipped = [tuple(s) for s in skipped] + left
     if ds.skipped:
-        warnings.warn(f"{len(ds.skipped)} of the images in {shown(path)} skipped, e.g. {_example(ds.skipped)} (all are in .skipped)", stacklevel=2)
+        warnings.warn(f"{len(ds.skipped)} of the images in {shown(path)} skipped, e.g. {_example(ds.skipped)} "
+                      '(all are in .skipped)', stacklevel=2)
     return ds
 
 def _example(skipped): return f'{shown(Path(skipped[0][0]).name)}: {skipped[0][1]}' if skipped else 'nothing was read'

@@ -99,7 +99,7 @@ def _filled(slices, how):
     floor = -1 if slices[0].dtype.kind == 'f' else 25
     return [i for i in range(0, len(slices), how.every) if (slices[i] > floor).mean() > .05]
 
-# %% ../../nbs/02_data/06_decode.ipynb #d8b1f419
+# %% ../../nbs/02_data/06_decode.ipynb #ac0f57b7
 def _read_case(case, how):
     "The `Frames` of its images, and its masks slice by slice. Raises `ValueError` if their numbers differ"
     zscore = how.normalise == 'zscore'
@@ -125,11 +125,12 @@ def decode_case(
     for i in seen:
         pixels, labels, values = _square([f.pixels[i] for f in frames], masks[i], how, colour)
         name = str(case.path) if n == 1 else f'{case.path}#{i}'
-        samples.append(Sample(name, pixels, colour, labels, values, first.pixels[i].shape[1::-1], first.low, first.high))
+        samples.append(Sample(name, pixels, colour, labels, values, first.pixels[i].shape[1::-1], first.low,
+                              first.high))
     subject = case.subject or (dicom_subject(case.path) if kind == 'dicom' else '') or case.guess
     return Decoded(case, samples, subject or case.name, bool(subject))
 
-# %% ../../nbs/02_data/06_decode.ipynb #d9a3b7cc
+# %% ../../nbs/02_data/06_decode.ipynb #ed4a17f4
 FULL = (255, 65535) # what a binary mask may call its one class
 
 class Labels:
@@ -158,12 +159,14 @@ class Labels:
             self._check(v, path)
             self.codes.setdefault(v, len(self.codes))
         self.together |= 1 in values and any(v in values for v in FULL)
-        if len(self.codes) > 255: raise ValueError(f"{shown(path)}: more than 255 different labels; if these are instances, pass masks='instances'")
+        if len(self.codes) > 255:
+            raise ValueError(f"{shown(path)}: more than 255 different labels; "
+                             "if these are instances, pass masks='instances'")
         out = np.zeros(mask.shape, np.uint8)
         for v in values: out[mask == v] = self.codes[v]
         return out
 
-# %% ../../nbs/02_data/06_decode.ipynb #35e29002
+# %% ../../nbs/02_data/06_decode.ipynb #38d361b8
 def finish(self:Labels) -> tuple: # class names; table (256,) uint8 from code to class id
     "What the codes mean, once all masks have been seen"
     met = set(self.codes) - {0}
@@ -172,7 +175,8 @@ def finish(self:Labels) -> tuple: # class names; table (256,) uint8 from code to
     if self.names is not None: names = [self.names[v] for v in values]
     else: names = ['background', *(['foreground'] if len(values) == 2 else [f'label {v}' for v in values[1:]])]
     table = np.zeros(256, np.uint8)
-    for v, code in self.codes.items(): table[code] = values.index(v) if v in values else 1 # 255 for the one class there is
+    for v, code in self.codes.items():
+        table[code] = values.index(v) if v in values else 1 # 255 for the one class there is
     return tuple(names), table
 
 Labels.finish = finish

@@ -47,7 +47,7 @@ def open_dicom(
     if head[128:132] == b'DICM': _check_deflated(path)
     return pydicom.dcmread(path, force=head[128:132] != b'DICM', **kwargs)
 
-# %% ../../nbs/02_data/01_dicom.ipynb #e534a1a6
+# %% ../../nbs/02_data/01_dicom.ipynb #1411ccce
 def _group(ds, i, name):
     "The functional group `name` of frame i, or the file itself"
     own, shared = ds.get('PerFrameFunctionalGroupsSequence') or [], ds.get('SharedFunctionalGroupsSequence') or []
@@ -65,7 +65,8 @@ def _padding(ds, a):
     "Which stored values mark pixels outside the field, as a mask, or None"
     ends = [ds.get(k) for k in ('PixelPaddingValue', 'PixelPaddingRangeLimit')]
     if ends[0] is None or not isinstance(ends[0], int): return None
-    low, high = sorted(int(np.array(e if isinstance(e, int) else ends[0]).astype(a.dtype)) for e in ends) # two's complement
+    # two's complement
+    low, high = sorted(int(np.array(e if isinstance(e, int) else ends[0]).astype(a.dtype)) for e in ends)
     return (a >= low) & (a <= high)
 
 # %% ../../nbs/02_data/01_dicom.ipynb #29b64bc5
@@ -86,7 +87,7 @@ def frame_values(
         v[padded] = np.nan
     return v, window
 
-# %% ../../nbs/02_data/01_dicom.ipynb #0cb50a96
+# %% ../../nbs/02_data/01_dicom.ipynb #32ac84a5
 def frame_order(
     ds, # the data set
     n:int, # frames
@@ -94,18 +95,20 @@ def frame_order(
     "Frames by their position along the slice normal; as stored where positions are missing or planes differ"
     spots = [_group(ds, i, 'PlanePositionSequence').get('ImagePositionPatient') for i in range(n)]
     planes = [_group(ds, i, 'PlaneOrientationSequence').get('ImageOrientationPatient') for i in range(n)]
-    if n < 2 or any(p is None or len(p) != 3 for p in spots) or any(p is None or len(p) != 6 for p in planes): return list(range(n))
+    if n < 2 or any(p is None or len(p) != 3 for p in spots) or any(p is None or len(p) != 6 for p in planes):
+        return list(range(n))
     planes = np.array(planes, float)
     if np.abs(planes - planes[0]).max() > 1e-3: return list(range(n))
     along = np.array(spots, float) @ np.cross(planes[0, :3], planes[0, 3:])
     return np.argsort(np.round(along, 3), kind='stable').tolist()
 
-# %% ../../nbs/02_data/01_dicom.ipynb #9ff76e09
+# %% ../../nbs/02_data/01_dicom.ipynb #080aed66
 def _stored(ds):
     "Stored numbers (F, H, W) or (F, H, W, 3), and whether they are colour. Raises `ValueError` where there are none"
     if 'PixelData' not in ds: raise ValueError("a DICOM file without pixels")
     n, samples = int(ds.get('NumberOfFrames') or 1), int(ds.get('SamplesPerPixel') or 1)
-    check_memory(int(ds.Rows) * int(ds.Columns) * n * samples, 4 * int(ds.get('BitsAllocated') or 16) // 8 + 8, f'{ds.Columns}×{ds.Rows}×{n} pixels')
+    check_memory(int(ds.Rows) * int(ds.Columns) * n * samples, 4 * int(ds.get('BitsAllocated') or 16) // 8 + 8,
+                 f'{ds.Columns}×{ds.Rows}×{n} pixels')
     if not getattr(ds, 'file_meta', None) or 'TransferSyntaxUID' not in ds.file_meta: # a file without preamble
         from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
         ds.ensure_file_meta()
@@ -121,10 +124,11 @@ def _eight_bit_colour(ds, a):
     "Colour frames as bytes, by the bits that are used"
     if a.dtype == np.uint8: return a
     bits = int(ds.get('BitsStored') or 16)
-    if ds.get('PhotometricInterpretation') == 'PALETTE COLOR': bits = max(used_bits(int(a.max())), 8) if a.max() < 256 else 16
+    if ds.get('PhotometricInterpretation') == 'PALETTE COLOR':
+        bits = max(used_bits(int(a.max())), 8) if a.max() < 256 else 16
     return to_eight_bits(a, limits=(0, 2**bits - 1))
 
-# %% ../../nbs/02_data/01_dicom.ipynb #95335f0e
+# %% ../../nbs/02_data/01_dicom.ipynb #b4a4a510
 def dicom_frames(
     path, # a DICOM file
     window=None, # (centre, width), overruling the file's own
@@ -143,7 +147,8 @@ def dicom_frames(
     if zscore: return Frames([check_side(f) for f in standardise(v)], False, low, high)
     if limits is None and window is None and any(w is None for _, w in values): limits = value_limits(v)
     pixels = [to_eight_bits(f, window or w, limits=None if window or w else limits) for f, w in values]
-    if ds.get('PhotometricInterpretation') == 'MONOCHROME1': pixels = [np.where(np.isnan(f), 0, 255 - p).astype(np.uint8) for p, (f, _) in zip(pixels, values)]
+    if ds.get('PhotometricInterpretation') == 'MONOCHROME1':
+        pixels = [np.where(np.isnan(f), 0, 255 - p).astype(np.uint8) for p, (f, _) in zip(pixels, values)]
     return Frames([check_side(p) for p in pixels], False, low, high)
 
 def read_dicom(
@@ -154,9 +159,10 @@ def read_dicom(
     "The frames of a DICOM file as 8-bit pictures. Raises `ImportError` without pydicom"
     return dicom_frames(path, window, limits).pixels
 
-# %% ../../nbs/02_data/01_dicom.ipynb #2a565425
+# %% ../../nbs/02_data/01_dicom.ipynb #94b086e1
 WHOSE = ('PatientID', 'StudyInstanceUID', 'SeriesInstanceUID') # the first that a file has
-WINDOWED = ('WindowCenter', 'WindowWidth', 'VOILUTSequence', 'SharedFunctionalGroupsSequence', 'PerFrameFunctionalGroupsSequence')
+WINDOWED = ('WindowCenter', 'WindowWidth', 'VOILUTSequence', 'SharedFunctionalGroupsSequence',
+            'PerFrameFunctionalGroupsSequence')
 
 def dicom_header(
     path, # a DICOM file

@@ -67,7 +67,7 @@ def file_kind(
         with open(path, 'rb') as f: return 'dicom' if looks_like_dicom(f.read(132)) else ''
     except OSError: return ''
 
-# %% ../../nbs/02_data/00_files.ipynb #997cb325
+# %% ../../nbs/02_data/00_files.ipynb #a12a657d
 LEAST_SIDE = 8 # pixels; anything smaller is no picture
 MOST_PIXELS = 100_000_000 # a 100-megapixel camera
 MOST_BYTES = 4 * 2**30 # held while one file is decoded
@@ -76,7 +76,8 @@ def check_file(path):
     "Raises `ValueError` or `OSError` unless this is a file with content"
     if hasattr(path, 'read'): return
     mode = Path(path).stat().st_mode
-    if not stat.S_ISREG(mode): raise ValueError(f"not a file with pixels: {shown(Path(path).name)} is a folder, pipe or device")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"not a file with pixels: {shown(Path(path).name)} is a folder, pipe or device")
 
 def check_memory(
     values, # how many numbers are decoded
@@ -85,18 +86,20 @@ def check_memory(
 ):
     "Raises `ValueError` if decoding would take more than `MOST_BYTES`"
     need = float(values) * each
-    if need > MOST_BYTES: raise ValueError(f"refused: {what} would take {need / 2**30:.1f} GiB of memory, more than {MOST_BYTES / 2**30:.0f}")
+    if need > MOST_BYTES:
+        raise ValueError(f"refused: {what} would take {need / 2**30:.1f} GiB of memory, "
+                         f"more than {MOST_BYTES / 2**30:.0f}")
 
 def need(module):
     "Raises `ImportError` saying what to install if a module is missing"
     if importlib.util.find_spec(module) is None:
         raise ImportError(f"reading this file needs {module}: pip install medsketch[volumes]")
 
-# %% ../../nbs/02_data/00_files.ipynb #720d54cc
+# %% ../../nbs/02_data/00_files.ipynb #1bddbef1
 def open_picture(
     path, # a file, or an open one
 ) -> Image.Image: # not yet decoded; use it in a `with`
-    "A Pillow image of the formats that are meant. Raises `ValueError` if it is far too large, `OSError` if it is no picture"
+    "A Pillow image of the meant formats. Raises `ValueError` if far too large, `OSError` if no picture"
     check_file(path)
     try: im = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as e: raise ValueError(f"refused: {e}") from None
@@ -154,9 +157,10 @@ def standardise(
     out[inside] = np.clip((values - mean) / max(spread, 1e-6) / Z_RANGE, -1, 1)
     return out
 
-# %% ../../nbs/02_data/00_files.ipynb #09400520
+# %% ../../nbs/02_data/00_files.ipynb #e9358f17
 TURNS = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a)} # by EXIF tag
+         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+         8: lambda a: np.rot90(a)} # by EXIF tag
 
 def used_bits(
     most, # the greatest value there is

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['read_block', 'square_voxels', 'nifti_frames', 'read_nifti']
 
-# %% ../../nbs/02_data/02_nifti.ipynb #885d731d
+# %% ../../nbs/02_data/02_nifti.ipynb #65eab15f
 import cv2
 import numpy as np
 
-from .files import Frames, check_file, check_memory, check_side, need, resize, standardise, to_eight_bits, value_limits
+from .files import Frames, check_file, check_memory, check_side, need, resize
+from .files import standardise, to_eight_bits, value_limits
 
 # %% ../../nbs/02_data/02_nifti.ipynb #278f58e8
 def _block(image):

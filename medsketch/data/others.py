@@ -41,9 +41,9 @@ def as_image(v, where):
                          "e.g. ScaleIntensityd('image', minv=-1, maxv=1)")
     return v.float().clamp(-1, 1)
 
-# %% ../../nbs/02_data/10_torch.ipynb #29b8c69b
+# %% ../../nbs/02_data/10_torch.ipynb #048ef5aa
 class DictData:
-    "A data set of dictionaries behind the face of `ImageData`: read when a batch is asked for, checked sample by sample"
+    "A data set of dictionaries with the face of `ImageData`: read when asked for, checked sample by sample"
     def __init__(self,
         data, # map-style: `len(data)`, `data[i]` -> dictionary with `image`
         size:int=None, # side that the images must have, pixels; None: that of the first
@@ -52,7 +52,8 @@ class DictData:
         self.data, self.first = data, None
         self.first = self.sample(0)
         c, h, w = self.first['image'].shape
-        if size not in (None, h) or h != w: raise ValueError(f"the images are {w}×{h} pixels; {size or min(h, w)}×{size or min(h, w)} needed")
+        if size not in (None, h) or h != w:
+            raise ValueError(f"the images are {w}×{h} pixels; {size or min(h, w)}×{size or min(h, w)} needed")
         if channels not in (None, c): raise ValueError(f"the images have {c} channels, {channels} needed")
         self.size, self.channels = h, c
         self.paths = [f'sample {i}' for i in range(len(data))]
@@ -65,22 +66,26 @@ class DictData:
         if not -len(self) <= i < len(self): raise IndexError(f"sample {i} of {len(self)}")
         return self.sample(i % len(self))
 
-# %% ../../nbs/02_data/10_torch.ipynb #61e58e0d
+# %% ../../nbs/02_data/10_torch.ipynb #7136e11c
 def sample(self:DictData,
     i:int, # which
 ) -> dict: # image · other planes and numbers · path
     "One sample, checked. Raises `ValueError` in one line"
     got, where = self.data[i], f'sample {i}'
-    if not isinstance(got, dict): raise ValueError(f"{where} is a {type(got).__name__}; a dictionary with 'image' is needed")
+    if not isinstance(got, dict):
+        raise ValueError(f"{where} is a {type(got).__name__}; a dictionary with 'image' is needed")
     if 'image' not in got: raise ValueError(f"{where} has no 'image'; it has {', '.join(map(str, got))}")
     numeric = lambda v: isinstance(v, (torch.Tensor, np.ndarray, np.generic, int, float)) and not isinstance(v, bool)
-    if not numeric(got['image']): raise ValueError(f"{where}: image is a {type(got['image']).__name__}; a tensor or an array is needed")
+    if not numeric(got['image']):
+        raise ValueError(f"{where}: image is a {type(got['image']).__name__}; a tensor or an array is needed")
     out = {k: as_plane(k, v, where) for k, v in got.items() if numeric(v)}
     for k, v in out.items() if self.first else ():
         want = self.first.get(k)
         if want is None or want.shape != v.shape:
-            raise ValueError(f"{where}: {k} has shape {tuple(v.shape)}, in sample 0 {'it is missing' if want is None else tuple(want.shape)}")
-    if self.first and (gone := self.first.keys() - out.keys() - {'path'}): raise ValueError(f"{where} has no {sorted(gone)[0]!r}, sample 0 has")
+            raise ValueError(f"{where}: {k} has shape {tuple(v.shape)}, in sample 0 "
+                             f"{'it is missing' if want is None else tuple(want.shape)}")
+    if self.first and (gone := self.first.keys() - out.keys() - {'path'}):
+        raise ValueError(f"{where} has no {sorted(gone)[0]!r}, sample 0 has")
     return out | {'path': str(got.get('path', where))}
 
 def batch(self:DictData,
@@ -113,7 +118,7 @@ def in_memory(self:DictData) -> ImageData:
 
 DictData.fingerprint, DictData.in_memory = fingerprint, in_memory
 
-# %% ../../nbs/02_data/10_torch.ipynb #49b942f5
+# %% ../../nbs/02_data/10_torch.ipynb #0cbc9e1a
 def as_image_data(
     data, # an `ImageData`, or a map-style data set of dictionaries
     size:int=None, # side that the images must have, pixels
@@ -124,7 +129,8 @@ def as_image_data(
     if isinstance(data, DictData): data = data.data
     if isinstance(data, ImageData):
         if size not in (None, data.size): raise ValueError(f"the images are {data.size} px, {size} needed")
-        if channels not in (None, data.channels): raise ValueError(f"the images have {data.channels} channels, {channels} needed")
+        if channels not in (None, data.channels):
+            raise ValueError(f"the images have {data.channels} channels, {channels} needed")
         return data
     if isinstance(data, (str, PathLike)): raise ValueError(f"{what}: read a folder with load_images(folder, size)")
     if isinstance(data, DataLoader): raise ValueError(f"{what}: pass its data set, loader.dataset")

@@ -35,18 +35,20 @@ KINDS = tuple(SERVE)
 NDIM = {'picture': 4, 'sketch': 3, 'labels': 3, 'instances': 3, 'table': 2}
 KIND_OF = {'image': 'picture', 'mask': 'labels', 'sketch': 'sketch', 'instances': 'instances'} # for these names
 
-# %% ../../nbs/02_data/07_planes.ipynb #7db87068
+# %% ../../nbs/02_data/07_planes.ipynb #d56a93e1
 def kind_of(
     name:str, # of the plane
     a, # its array, with the samples first
 ) -> str: # one of `KINDS`
     "The kind of a plane by its name, or else by its shape. Raises `ValueError` where neither says it"
     kind = KIND_OF.get(name) or {4: 'picture', 2: 'table'}.get(len(a.shape))
-    if kind is None: raise ValueError(f"plane {name!r} of shape {tuple(a.shape)}: say what it is, e.g. kinds={{{name!r}: 'labels'}}")
+    if kind is None:
+        raise ValueError(f"plane {name!r} of shape {tuple(a.shape)}: say what it is, e.g. kinds={{{name!r}: 'labels'}}")
     return kind
 
-# %% ../../nbs/02_data/07_planes.ipynb #b9ec80a3
-RANGE_HINT = {1: 'pass x * 2 - 1', 255: 'pass x.astype(np.uint8)', 65535: 'scale it with medsketch.data.readers.to_eight_bits'}
+# %% ../../nbs/02_data/07_planes.ipynb #6e85e2e8
+RANGE_HINT = {1: 'pass x * 2 - 1', 255: 'pass x.astype(np.uint8)',
+              65535: 'scale it with medsketch.data.readers.to_eight_bits'}
 
 def float_picture(
     name:str, # of the plane, for the error
@@ -86,7 +88,7 @@ def as_array(
     if not (hasattr(a, 'shape') and hasattr(a, 'dtype')): raise ValueError(no_array(name, a))
     return a
 
-# %% ../../nbs/02_data/07_planes.ipynb #8ef3fcbb
+# %% ../../nbs/02_data/07_planes.ipynb #6dfab0df
 SHAPES = {'picture': '(N, C, H, W)', 'table': '(N, K)'}
 
 def check_plane(
@@ -102,7 +104,8 @@ def check_plane(
     d = np.dtype(a.dtype)
     if kind == 'picture' and d.kind == 'f': return float_picture(name, np.asarray(a))
     if kind in ('picture', 'sketch') and d != np.uint8:
-        raise ValueError(f"{name} is {d}: pass uint8" + (', or float32 in [-1, 1]' if kind == 'picture' else ', 255 = stroke'))
+        raise ValueError(f"{name} is {d}: pass uint8"
+                         + (', or float32 in [-1, 1]' if kind == 'picture' else ', 255 = stroke'))
     if kind in ('labels', 'instances') and d.kind not in 'uib':
         raise ValueError(f"{name} is {d}: {kind} are whole numbers, e.g. uint8")
     return a
@@ -172,7 +175,7 @@ class ImageData(torch.utils.data.Dataset):
         self.colours = PALETTE[:len(classes)] if colours is None and classes is not None else colours
         self.skipped, self.facts = [tuple(s) for s in skipped], dict(facts or {})
 
-# %% ../../nbs/02_data/07_planes.ipynb #029c45e4
+# %% ../../nbs/02_data/07_planes.ipynb #00dad614
 def put(self:ImageData,
     name:str, # of the plane
     a, # its array, one entry for each image
@@ -185,7 +188,8 @@ def put(self:ImageData,
     if image is not None:
         if len(a) != len(image): raise ValueError(f"{name} has {len(a)} entries for {len(image)} images")
         if kind != 'table' and tuple(a.shape[-2:]) != tuple(image.shape[-2:]):
-            raise ValueError(f"{name} is {a.shape[-1]}×{a.shape[-2]} pixels, the images {image.shape[-1]}×{image.shape[-2]}")
+            raise ValueError(f"{name} is {a.shape[-1]}×{a.shape[-2]} pixels, "
+                             f"the images {image.shape[-1]}×{image.shape[-2]}")
     self.planes[name], self.kinds[name] = a, kind
 
 ImageData.put = put
@@ -227,7 +231,7 @@ ImageData.__getitems__, ImageData.__getitem__, ImageData.__repr__ = _getitems, _
 ImageData.size = property(lambda self: self.images.shape[-1], doc="Side of the images, pixels")
 ImageData.channels = property(lambda self: self.images.shape[1], doc="1, 3, or the number of contrasts")
 
-# %% ../../nbs/02_data/07_planes.ipynb #dddce422
+# %% ../../nbs/02_data/07_planes.ipynb #968c4f88
 def subset(self:ImageData,
     indices, # which images, in which order; or a boolean mask
 ) -> ImageData:
@@ -235,7 +239,8 @@ def subset(self:ImageData,
     rows = np.arange(len(self))[np.asarray(indices)] if len(indices) else np.zeros(0, np.int64)
     out, pick = copy.copy(self), lambda names: [names[i] for i in rows]
     out.planes, out.kinds = {name: _pick(a, rows) for name, a in self.planes.items()}, dict(self.kinds)
-    out.paths, out.subjects, out.facts = pick(self.paths), pick(self.subjects), {k: pick(v) for k, v in self.facts.items()}
+    out.paths, out.subjects, out.facts = pick(self.paths), pick(self.subjects), {k: pick(v) for k,
+                                                                                 v in self.facts.items()}
     return out
 
 def with_planes(self:ImageData,
@@ -318,13 +323,14 @@ def _deal(ds, fractions, seed):
             sides[full].remove(sides[k][0])
     return sides, members
 
-# %% ../../nbs/02_data/07_planes.ipynb #cdafe213
+# %% ../../nbs/02_data/07_planes.ipynb #0e8a2898
 def _warn_alone(ds):
     "Say once that every image is taken for a subject of its own"
     alone = not ds.subjects_known and len(ds) > 1 and len(set(ds.subjects)) == len(ds)
     if alone and not getattr(ds, '_said_alone', False):
-        warnings.warn(f"each of the {len(ds)} images is a subject of its own, for nothing says whose body it shows: if people "
-                      r"appear twice, name them, e.g. subject=r'^(\d+)' or a column subject in manifest.csv", stacklevel=3)
+        warnings.warn(f"each of the {len(ds)} images is a subject of its own, for nothing says whose body it shows: "
+                      r"if people appear twice, name them, e.g. subject=r'^(\d+)' or a column subject in manifest.csv",
+                      stacklevel=3)
     ds._said_alone = True
 
 def split_by_subject(
@@ -341,11 +347,12 @@ def split_by_subject(
         warnings.warn(f"{len(members)} subjects cannot fill {len(fractions)} sides; some are empty", stacklevel=2)
     return tuple(ds.subset(sorted(i for s in side for i in members[s])) for side in sides)
 
-# %% ../../nbs/02_data/07_planes.ipynb #f923fa25
+# %% ../../nbs/02_data/07_planes.ipynb #d0ac6cb7
 def _stack(name, parts):
     "One array of several; tables of different widths are filled up with zeros"
     parts = [np.asarray(p) for p in parts]
-    if len({p.dtype.kind == 'f' for p in parts}) > 1: raise ValueError(f"{name} holds floats in some sets and bytes in others")
+    if len({p.dtype.kind == 'f' for p in parts}) > 1:
+        raise ValueError(f"{name} holds floats in some sets and bytes in others")
     if parts[0].ndim == 2:
         wide = max(p.shape[1] for p in parts)
         parts = [np.pad(p, ((0, 0), (0, wide - p.shape[1]))) for p in parts]

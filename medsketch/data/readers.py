@@ -46,7 +46,7 @@ def read_image(
     "Whatever the file holds, as 8-bit pictures. Raises `ValueError` for a file of no known kind"
     return read_file(path, axis, window).pixels
 
-# %% ../../nbs/02_data/04_readers.ipynb #5a8b6da7
+# %% ../../nbs/02_data/04_readers.ipynb #e51cfd96
 def _corners(small):
     "The brightest of four corners, and what counts as bright"
     c = max(2, min(small.shape) // 32)
@@ -55,7 +55,7 @@ def _corners(small):
 
 def field_of_view(
     image:np.ndarray, # (H, W, 3) uint8 photograph
-) -> tuple: # (top, bottom, left, right): the box around what the camera saw; the whole image where there is no dark frame
+) -> tuple: # (top, bottom, left, right): the box around what the camera saw; everything without a dark frame
     "Find the lit part of a photograph within its dark frame"
     h, w = image.shape[:2]
     step = max(1, min(h, w) // 256)
@@ -110,14 +110,15 @@ def image_to_square(
     out[y:y + ih, x:x + iw] = part
     return out
 
-# %% ../../nbs/02_data/04_readers.ipynb #28870ea0
+# %% ../../nbs/02_data/04_readers.ipynb #de2bb683
 def _large(part, ih, iw):
     "Labels enlarged to the nearest pixel"
     return cv2.resize(part.astype(np.float64), (iw, ih), interpolation=cv2.INTER_NEAREST).astype(np.int32)
 
 def _small(part, ih, iw, labels):
     "Labels shrunk so that their area stays: the pixels with the most foreground under them"
-    share = np.stack([cv2.resize((part == v).astype(np.float32), (iw, ih), interpolation=cv2.INTER_AREA) for v in labels])
+    share = np.stack([cv2.resize((part == v).astype(np.float32), (iw, ih), interpolation=cv2.INTER_AREA)
+                      for v in labels])
     cover = share.sum(0)
     area = min(max(int(round(cover.sum())), 1), cover.size)
     cut = np.clip(np.partition(cover.ravel(), -area)[-area], .25, .5)

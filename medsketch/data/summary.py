@@ -33,7 +33,7 @@ class Summary:
     values: tuple # (least, greatest) in the files, or of what is served
     skipped: list=field(default_factory=list) # [(reason, how many, an example)]
 
-# %% ../../nbs/02_data/11_summary.ipynb #64a54d25
+# %% ../../nbs/02_data/11_summary.ipynb #a1a7f7f6
 def _classes(ds):
     "Each class with the share of pixels and of images that show it; and how many images have a mask that is not empty"
     if ds.masks is None: return (), 0
@@ -42,7 +42,8 @@ def _classes(ds):
     used = range(k) if ds.classes else [c for c in range(k) if n[:, c].any()]
     names = ds.classes or [f'label {c}' for c in range(k)]
     share = n.sum(0) / max(n.sum(), 1)
-    return tuple((names[c], float(share[c]), float((n[:, c] > 0).mean())) for c in used), int((n[:, 1:].sum(1) > 0).sum())
+    return tuple((names[c], float(share[c]), float((n[:, c] > 0).mean()))
+                 for c in used), int((n[:, 1:].sum(1) > 0).sum())
 
 def _reasons(skipped):
     "Reasons without their numbers, most frequent first: [(reason, how many, an example)]"
@@ -61,10 +62,11 @@ def summarise(
     values = (min(facts['low']), max(facts['high'])) if facts.get('low') else served
     meaning = {1: 'grey', 3: 'RGB'}.get(ds.channels, f'{ds.channels} contrasts')
     planes = {k: (ds.kinds[k], str(np.dtype(a.dtype))) for k, a in ds.planes.items() if k != 'image'}
-    return Summary(len(ds), ds.size, ds.channels, meaning, len(set(ds.subjects)), ds.subjects_known, planes, classes, with_mask,
+    return Summary(len(ds), ds.size, ds.channels, meaning, len(set(ds.subjects)), ds.subjects_known, planes, classes,
+                   with_mask,
                    sides, values, _reasons(ds.skipped))
 
-# %% ../../nbs/02_data/11_summary.ipynb #29ecb719
+# %% ../../nbs/02_data/11_summary.ipynb #3c66aa3e
 def _sides(s):
     "Sizes in the files, in a few words"
     first = ', '.join(f'{w}×{h} ({n})' for (w, h), n in s.sides[:3])
@@ -76,8 +78,10 @@ def lines(self:Summary) -> list: # of strings
     out = [f'images    {self.images}, served as {self.channels} × {self.size} × {self.size} ({self.meaning})',
            f'files     {_sides(self)}, values {self.values[0]:g} … {self.values[1]:g}',
            f'subjects  {self.subjects} ({whose})']
-    if self.classes: out.append(f'masks     {self.with_mask} with something in them, {self.images - self.with_mask} empty')
-    out += [f'          {name}: {share:.1%} of the pixels, in {some:.0%} of the images' for name, share, some in self.classes]
+    if self.classes:
+        out.append(f'masks     {self.with_mask} with something in them, {self.images - self.with_mask} empty')
+    out += [f'          {name}: {share:.1%} of the pixels, in {some:.0%} of the images' for name, share,
+            some in self.classes]
     if not self.planes: out.append('masks     none')
     out += [f'plane     {k} ({kind}, {dtype})' for k, (kind, dtype) in self.planes.items() if k != 'mask']
     out += [f'left out  {n}: {reason}, e.g. {example}' for reason, n, example in self.skipped]
@@ -88,11 +92,12 @@ def brief(self:Summary) -> list: # of two strings
     masks = f', {self.with_mask} masks of {len(self.classes)} classes' if self.classes else ', no masks'
     left = sum(n for _, n, _ in self.skipped)
     return [f'{self.images} images of {self.subjects} subjects{masks}, {self.meaning}, {self.size} px',
-            f'from {_sides(self)}, values {self.values[0]:g} … {self.values[1]:g}' + (f'; {left} left out' if left else '')]
+            f'from {_sides(self)}, values {self.values[0]:g} … {self.values[1]:g}'
+            + (f'; {left} left out' if left else '')]
 
 Summary.lines, Summary.brief, Summary.__str__ = lines, brief, lambda self: '\n'.join(self.lines())
 
-# %% ../../nbs/02_data/11_summary.ipynb #33580838
+# %% ../../nbs/02_data/11_summary.ipynb #a76184cd
 def overlay(
     pixels:np.ndarray, # (H, W, 3) uint8
     mask:np.ndarray, # (H, W) class ids, 0 = background
@@ -123,8 +128,10 @@ def contact_sheet(
     if not len(ds): raise ValueError('the set is empty: nothing to show')
     batch = ds.batch(np.unique(np.linspace(0, len(ds) - 1, min(n, len(ds))).astype(int)))
     marks = batch.get('mask', batch.get('instances'))
-    colours = ds.colours if ds.colours is not None and 'mask' in batch else PALETTE[1:] if 'instances' in batch else PALETTE
-    tiles = [p if marks is None else overlay(p, marks[i].numpy(), colours) for i, x in enumerate(batch['image']) for p in _pictures(x)]
+    colours = PALETTE if 'mask' in batch else PALETTE[1:] # instances begin with a colour
+    if 'mask' in batch and ds.colours is not None: colours = ds.colours
+    tiles = [p if marks is None else overlay(p, marks[i].numpy(), colours) for i, x in enumerate(batch['image'])
+             for p in _pictures(x)]
     each = 1 if ds.channels == 3 else ds.channels
     columns = each * max(1, round(np.sqrt(len(tiles) * 1.5) / each))
     side = max(width // min(columns, len(tiles)) - 2, 16)
