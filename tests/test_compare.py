@@ -182,7 +182,7 @@ def test_a_line_of_two_extractors_is_an_error():
 def test_a_system_without_a_score_leaves_a_gap():
     t = Table({"a": [[score(), score('FID ↓')]], "b": [[score()]]})
     assert t.cells()[2][2] == '' and t.best('FID ↓') is None  # nobody to be better than
-    assert [len(line) for line in t.cells()] == [3] * 3 and t.markdown().count('|---') == 1 + 2
+    assert [len(line) for line in t.cells()] == [3] * 3 and t.markdown().count('|:--') == 1 + 2
 
 
 def test_identical_sets_and_copies(eyes):

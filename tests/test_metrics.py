@@ -275,7 +275,7 @@ def test_intervals_of_pixel_scores_are_those_of_scoring_every_half_anew():
         warnings.simplefilter('ignore')
         for metric, score in (('swd', lambda x, y: swd(x, y)['mean']), ('ms_ssim', ms_ssim_sets)):
             [got] = score_images(a, b, (metric,), resamples=60)
-            low, high = bootstrap(lambda i, j: score(a[i], b[j]), rows, rows, resamples=60)
+            low, high = bootstrap(lambda i, j, score=score: score(a[i], b[j]), rows, rows, resamples=60)
             assert got.value == pytest.approx(score(a, b)) and got.low < got.value < got.high
             assert .6 < (got.high - got.low) / (high - low) < 1.6
 
