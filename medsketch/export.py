@@ -240,9 +240,10 @@ def written(
     chunk:int=32, # images at a time
 ): # yields (n, C, H, W) in [-1, 1]
     "The images of a set as they were written, chunk by chunk: what is scored and checked is what others will get"
+    def read_png(p): return Image.open(p, formats=('PNG',))
     def one(line):
         files = [v for k, v in line.items() if k == 'file_name' or re.fullmatch(r'image_\d+_file_name', k)]
-        read = (lambda p: _pydicom().dcmread(p).pixel_array) if plan.format == 'dicom' else Image.open
+        read = (lambda p: _pydicom().dcmread(p).pixel_array) if plan.format == 'dicom' else read_png
         a = [np.array(read(out/plan.top/f)) for f in files]
         return from_uint8(a[0] if len(a) == 1 else np.stack(a, -1))
     with open(out/plan.top/'metadata.jsonl', encoding='utf-8') as f:

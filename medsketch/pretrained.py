@@ -263,8 +263,8 @@ Renders a sketch as a {p.shows}, {c['size']} × {c['size']} pixels. **Synthetic 
 
 - **Network**: U-Net renderer of SkrGAN (Zhang et al. 2019, §2.2), {millions:.1f} million weights in 16 bits, {size}
 - **Images**: {p.source}; {p.licence}. Trained on {s['trained']}, scored on {s['held']} of other subjects
-- **Training**: `medsketch pretrain {name}{needs} --out RUN`; {c['render_steps']} batches of {c['batch_size']}, bfloat16,
-  on a CPU, seed {c['seed']}
+- **Training**: `medsketch pretrain {name}{needs} --out RUN`; {c['render_steps']} batches of {c['batch_size']},
+  bfloat16, on a CPU, seed {c['seed']}
 - **Date**: {date.today().isoformat()}
 
 ## Scores on the images held back
@@ -275,7 +275,8 @@ L1 is the mean absolute difference, range 0 to 2. MS-SSIM: 1 is identical.
 |---|---|---|
 {rows}
 
-Edit effect (median): where a disc of strokes is taken away, the image changes {s['edit']:.1f} times as much as elsewhere.
+Edit effect (median): where a disc of strokes is taken away, the image changes {s['edit']:.1f} times as much
+as elsewhere.
 
 ## Limits
 

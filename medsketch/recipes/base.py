@@ -167,6 +167,14 @@ class Preparing:
         if isinstance(size, dict): size = size[self.config['size']]
         return Batches(data, size, seed=seed, augment=both if change else move)
 
+    def adam(self,
+             *names, # networks that learn together
+             lr:float=2e-4, # learning rate
+             betas:tuple=(.5, .999), # floats
+            ):
+        "One optimiser for the weights of some networks"
+        return torch.optim.Adam([p for n in names for p in self.nets[n].parameters()], lr, betas, fused=True)
+
     def images(self, steps):
         "How many images so many steps see"
         size = self.config['batch_size']

@@ -123,7 +123,7 @@ class DualGANParts:
     "Optimisers, batch norm and pictures of the stages"
     def _adam(self, name):
         "Adam with less momentum than usual, as DCGAN and pix2pix have it"
-        return torch.optim.Adam(list(self.nets[name].parameters()), self.config['lr'], betas=(.5, .999), fused=True)
+        return self.adam(name, lr=self.config['lr'])
 
     def feed_noise(self, net):
         "Forward passes of the mask generator, which settle its batch norm"

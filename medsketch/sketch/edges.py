@@ -20,7 +20,7 @@ from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageOps
 
 from ..core import check_size, interactive, save_png, sketch_to_uint8
-from ..data.readers import image_to_square, mask_to_square, read_image, read_mask
+from ..data.readers import image_to_square, mask_to_square, open_picture, read_image, read_mask
 
 # %% ../../nbs/03_sketch/00_edges.ipynb #9772ca48
 BASE = 256 # lengths in a style are pixels at this image size
@@ -416,7 +416,7 @@ def read_sketch(
 ) -> torch.Tensor: # (1, size, size) float32 in [0, 1], 1 = stroke
     "Read a drawing of any size. Raises `ValueError` naming a file that cannot be read"
     try:
-        with Image.open(path) as im:
+        with open_picture(path) as im:
             drawn = ImageOps.exif_transpose(im).convert('RGBA')
             grey = Image.alpha_composite(Image.new('RGBA', drawn.size, (255,) * 4), drawn).convert('L')
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
