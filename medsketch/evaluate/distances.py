@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import torch
-from sklearn.neighbors import NearestNeighbors
 from tabulate import tabulate
 
 from ..core import to_uint8, torch_rng
@@ -96,10 +95,14 @@ def _kernel_sums(x, y, u, v, diagonal=True, rows=1024):
     return total
 
 # %% ../../nbs/07_evaluate/03_distances.ipynb #67c9d2d8
-def _knn_radii(x, k):
-    "Distance of each point to its k-th nearest neighbour in the same set"
-    found = NearestNeighbors(n_neighbors=k, algorithm='brute').fit(x.numpy())
-    return torch.from_numpy(found.kneighbors()[0][:, -1])  # without a query, no point is its own neighbour
+def _knn_radii(x, k, rows=1024):
+    """Distance of each point to its k-th nearest neighbour in the same set, by the arithmetic that measures the other set:
+    scikit-learn's differs in the last digit, and points on the edge of a ball fall out of it"""
+    def radius(i):
+        d = torch.cdist(x[i:i + rows], x)
+        d.diagonal(i).fill_(-1)  # itself comes first, whatever rounding says
+        return d.kthvalue(k + 1, dim=1).values
+    return torch.cat([radius(i) for i in range(0, len(x), rows)])
 
 def prdc(
     real:torch.Tensor, # (N, d) features of real images, N more than k

@@ -203,12 +203,13 @@ def ms_ssim_rows(
     y, # images in [-1, 1], from `check_set`
     j, # (n,) integers: numbers of their partners in `y`
 ) -> list: # of n floats, 0 ... 1
-    "MS-SSIM of the pairs `x[i], y[j]`, one at a time"
+    "MS-SSIM of the pairs `x[i], y[j]`, one at a time. Raises `ValueError` for images of two sizes"
+    check_shape(image_shape(x), image_shape(y), ('real', 'fake'))
     weights = _scales(min(image_shape(x)[1:]), 4)
     one = lambda images, k: _unit(next(image_batches(take(images, [k])))[0])
     return [_ms_ssim_of_pair(one(x, k), one(y, l), weights) for k, l in zip(i.tolist(), j.tolist())]
 
-# %% ../../nbs/07_evaluate/00_metrics.ipynb #0951d181
+# %% ../../nbs/07_evaluate/00_metrics.ipynb #1bda667c
 def pairs_between(
     n:int, # images of one set
     m:int, # images of the other
@@ -231,7 +232,7 @@ def pairs_within(
     i = _shuffled(n, n_pairs, rng)
     return i, (i + torch.randint(1, n, (n_pairs,), generator=rng)) % n
 
-# %% ../../nbs/07_evaluate/00_metrics.ipynb #fad3d576
+# %% ../../nbs/07_evaluate/00_metrics.ipynb #4a76fdb4
 def ms_ssim_sets(
     real, # (N, C, H, W) real images in [-1, 1], or an `ImageData`
     fake, # (M, C, H, W) synthetic images in [-1, 1], or an `ImageData`
@@ -303,7 +304,7 @@ def _distance_along(
     x, y = both(rank, (x, y))
     return (np.abs(x.astype(np.int32) - y).mean(1) * step[:, 0]).mean()
 
-# %% ../../nbs/07_evaluate/00_metrics.ipynb #1215c84b
+# %% ../../nbs/07_evaluate/00_metrics.ipynb #0de7b9a6
 def sliced_distance(
     a:np.ndarray, # (n, d) float32 points of one set
     b:np.ndarray, # (n, d) float32 points of the other
@@ -347,7 +348,7 @@ def _set_patches(
     if not n: raise ValueError(f"{name} has no images")
     return kept, shape
 
-# %% ../../nbs/07_evaluate/00_metrics.ipynb #88067c37
+# %% ../../nbs/07_evaluate/00_metrics.ipynb #8e5d5241
 def swd(
     real, # square images in [-1, 1], as for `image_batches`; the side is a power of two from 16
     fake, # equally many others
@@ -367,7 +368,7 @@ def swd(
     out = {str(s): 1e3 * sliced_distance(points(a.pop(s)), points(b.pop(s)), rng) for s in list(a)}
     return {**out, 'mean': float(np.mean(list(out.values())))}
 
-# %% ../../nbs/07_evaluate/00_metrics.ipynb #694b1e84
+# %% ../../nbs/07_evaluate/00_metrics.ipynb #a0b61103
 class SwdRows:
     "SWD of any of the images of two sets, for resampling. Raises as `swd` does"
     def __init__(self,
@@ -394,7 +395,7 @@ class SwdRows:
         along = [_distance_along(_standard(a, i), _standard(b, j)) for a, b in self.levels]
         return 1e3 * float(np.mean(along))
 
-# %% ../../nbs/07_evaluate/00_metrics.ipynb #7991ce91
+# %% ../../nbs/07_evaluate/00_metrics.ipynb #75ae88ff
 def _projected(patches, d):
     """Of patches (n, p, C, 7, 7): projections (C, directions, n, p), sums (n, C), squares (n, C), directions' sums
     (C, directions)"""
