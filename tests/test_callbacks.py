@@ -121,6 +121,7 @@ def test_frozen_networks_are_frozen():
     toggle = at(3, lambda t: t.nets.F.train())                          # as a careless sample grid would leave it
     t, fixed = undo(callbacks=[toggle])
     before, learned = copy.deepcopy(fixed.state_dict()), weights(t)
+    assert not t.nets.F.training
     t.fit(10), t.fit(20)
     same(dict(fixed.state_dict()), dict(before))
     assert not fixed.training and t.nets.U.training
@@ -290,6 +291,16 @@ def test_the_first_signal_lets_the_step_end(tmp_path, number):
     again.fit(9)
     same(again.state_dict(), through.state_dict())
     assert rows(tmp_path/'log.csv') == rows(tmp_path/'through'/'log.csv')
+
+
+def test_a_signal_in_the_last_step_is_heeded_too():
+    seen = []
+    class Watch(Callback):
+        def interrupt(self, t): seen.append(('interrupt', t.step))
+        def after_fit(self, t): seen.append('after_fit')
+    with pytest.raises(KeyboardInterrupt, match='step 3 of 3'):
+        gan([Watch(), at(3, lambda t: signal.raise_signal(signal.SIGTERM))]).fit(3)
+    assert seen == [('interrupt', 3)]
 
 
 def test_a_second_signal_stops_at_once():
