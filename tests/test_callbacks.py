@@ -387,8 +387,9 @@ def test_the_first_checkpoint_comes_early(tmp_path):
     assert (Checkpoint('x').early, Checkpoint('x').minutes) == (30., 10.)
 
 
-@pytest.mark.parametrize('every', [2, 50])
-def test_nothing_waits_for_the_device_between_looks(tmp_path, monkeypatch, every):
+@pytest.mark.parametrize('given', [{'every': 2}, {}])
+def test_nothing_waits_for_the_device_between_looks(tmp_path, monkeypatch, given):
+    every = given.get('every', 50)
     waits = []
     for name in ('item', 'tolist', '__bool__', '__float__'):
         before = getattr(torch.Tensor, name)
@@ -397,7 +398,7 @@ def test_nothing_waits_for_the_device_between_looks(tmp_path, monkeypatch, every
     class Forget(Callback):
         def before_step(self, t): self.n = len(waits)
         def after_step(self, t): waits[self.n:] = []                    # what the step itself did
-    t = gan([Forget(), StopOnNan(every=every), Checkpoint(tmp_path, every=1000, best='G')])
+    t = gan([Forget(), StopOnNan(**given), Checkpoint(tmp_path, every=1000, best='G')])
     t.fit(120)
     waits = [w for w in waits if w]
     assert set(waits) <= {s for s in range(1, 121) if s % 50 == 0 or s % every == 0 or s == 120}
