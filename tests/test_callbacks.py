@@ -121,6 +121,7 @@ def test_frozen_networks_are_frozen():
     toggle = at(3, lambda t: t.nets.F.train())                          # as a careless sample grid would leave it
     t, fixed = undo(callbacks=[toggle])
     before, learned = copy.deepcopy(fixed.state_dict()), weights(t)
+    assert not t.nets.F.training
     t.fit(10), t.fit(20)
     same(dict(fixed.state_dict()), dict(before))
     assert not fixed.training and t.nets.U.training
@@ -292,6 +293,16 @@ def test_the_first_signal_lets_the_step_end(tmp_path, number):
     assert rows(tmp_path/'log.csv') == rows(tmp_path/'through'/'log.csv')
 
 
+def test_a_signal_in_the_last_step_is_heeded_too():
+    seen = []
+    class Watch(Callback):
+        def interrupt(self, t): seen.append(('interrupt', t.step))
+        def after_fit(self, t): seen.append('after_fit')
+    with pytest.raises(KeyboardInterrupt, match='step 3 of 3'):
+        gan([Watch(), at(3, lambda t: signal.raise_signal(signal.SIGTERM))]).fit(3)
+    assert seen == [('interrupt', 3)]
+
+
 def test_a_second_signal_stops_at_once():
     steps = []
     def strike(t):
@@ -376,8 +387,9 @@ def test_the_first_checkpoint_comes_early(tmp_path):
     assert (Checkpoint('x').early, Checkpoint('x').minutes) == (30., 10.)
 
 
-@pytest.mark.parametrize('every', [2, 50])
-def test_nothing_waits_for_the_device_between_looks(tmp_path, monkeypatch, every):
+@pytest.mark.parametrize('given', [{'every': 2}, {}])
+def test_nothing_waits_for_the_device_between_looks(tmp_path, monkeypatch, given):
+    every = given.get('every', 50)
     waits = []
     for name in ('item', 'tolist', '__bool__', '__float__'):
         before = getattr(torch.Tensor, name)
@@ -386,7 +398,7 @@ def test_nothing_waits_for_the_device_between_looks(tmp_path, monkeypatch, every
     class Forget(Callback):
         def before_step(self, t): self.n = len(waits)
         def after_step(self, t): waits[self.n:] = []                    # what the step itself did
-    t = gan([Forget(), StopOnNan(every=every), Checkpoint(tmp_path, every=1000, best='G')])
+    t = gan([Forget(), StopOnNan(**given), Checkpoint(tmp_path, every=1000, best='G')])
     t.fit(120)
     waits = [w for w in waits if w]
     assert set(waits) <= {s for s in range(1, 121) if s % 50 == 0 or s % every == 0 or s == 120}
