@@ -470,11 +470,27 @@ def test_the_best_by_a_loss_is_read_back(tmp_path):
 
 
 def test_best_does_not_count_while_a_network_grows(tmp_path):
+    "Nor does a score of that time count after a resume"
     growth = Growth(8, batches=4, fade=.5)
-    t = gan(lambda nets: [Fade(growth), Scores({2: 1., 5: 2., 7: 4., 8: 3.}),
-                          Checkpoint(tmp_path, every=3, best='fid')])
-    t.fit(9)
-    assert torch.load(tmp_path/'best.pt', weights_only=True)['step'] == 8 and t.callbacks[2].lowest == 3.
+    def run(d, steps):
+        t = gan(lambda nets: [Fade(growth), Scores({2: 1., 5: 2., 7: 4., 8: 3.}), Checkpoint(d, every=3, best='fid')])
+        t.fit(steps)
+        return t
+    run(tmp_path/'b', 5)
+    assert run(tmp_path/'b', 6).callbacks[2].lowest == float('inf')
+    for d in (tmp_path/'a', tmp_path/'b'):
+        assert run(d, 9).callbacks[2].lowest == 3. and torch.load(d/'best.pt', weights_only=True)['step'] == 8
+
+
+def test_a_best_of_later_steps_is_not_read_back(tmp_path):
+    "Of a run whose last checkpoints are gone"
+    def trainer(): return gan([Scores({3: 5., 7: 2.}), Checkpoint(tmp_path, every=5, keep=9, best='fid')])
+    trainer().fit(10)
+    (tmp_path/'000010.pt').unlink()
+    t = trainer()
+    with pytest.warns(UserWarning, match='best.pt cannot be read back .*step 7'): t.fit(6)
+    last = torch.load(tmp_path/'000006.pt', weights_only=True)
+    same({k: dict(v) for k, v in last['nets'].items()}, {k: dict(n.state_dict()) for k, n in vars(t.nets).items()})
 
 
 def test_an_unknown_best_is_refused(tmp_path):
