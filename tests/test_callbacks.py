@@ -46,6 +46,7 @@ from medsketch.train.trainer import (
     Trainer,
     batch_length,
     keyed,
+    rng_state,
     to_device,
 )
 
@@ -470,11 +471,27 @@ def test_the_best_by_a_loss_is_read_back(tmp_path):
 
 
 def test_best_does_not_count_while_a_network_grows(tmp_path):
+    "Nor does a score of that time count after a resume"
     growth = Growth(8, batches=4, fade=.5)
-    t = gan(lambda nets: [Fade(growth), Scores({2: 1., 5: 2., 7: 4., 8: 3.}),
-                          Checkpoint(tmp_path, every=3, best='fid')])
-    t.fit(9)
-    assert torch.load(tmp_path/'best.pt', weights_only=True)['step'] == 8 and t.callbacks[2].lowest == 3.
+    def run(d, steps):
+        t = gan(lambda nets: [Fade(growth), Scores({2: 1., 5: 2., 7: 4., 8: 3.}), Checkpoint(d, every=3, best='fid')])
+        t.fit(steps)
+        return t
+    run(tmp_path/'b', 5)
+    assert run(tmp_path/'b', 6).callbacks[2].lowest == float('inf')
+    for d in (tmp_path/'a', tmp_path/'b'):
+        assert run(d, 9).callbacks[2].lowest == 3. and torch.load(d/'best.pt', weights_only=True)['step'] == 8
+
+
+def test_a_best_of_later_steps_is_not_read_back(tmp_path):
+    "Of a run whose last checkpoints are gone"
+    def trainer(): return gan([Scores({3: 5., 7: 2.}), Checkpoint(tmp_path, every=5, keep=9, best='fid')])
+    trainer().fit(10)
+    (tmp_path/'000010.pt').unlink()
+    t = trainer()
+    with pytest.warns(UserWarning, match='best.pt cannot be read back .*step 7'): t.fit(6)
+    last = torch.load(tmp_path/'000006.pt', weights_only=True)
+    same({k: dict(v) for k, v in last['nets'].items()}, {k: dict(n.state_dict()) for k, n in vars(t.nets).items()})
 
 
 def test_an_unknown_best_is_refused(tmp_path):
@@ -694,6 +711,7 @@ def test_batch_norm_of_an_average_is_estimated_anew(tmp_path):
             t.fit(steps)
         return t
     t = run(tmp_path/'a', 10)
+    noise = rng_state()
     avg = t.callbacks[0].nets['N']
     g = torch.Generator().manual_seed(9)
     h = torch.stack([avg[0](torch.randn(16, 2, generator=g) + 3) for _ in range(20)])
@@ -702,7 +720,7 @@ def test_batch_norm_of_an_average_is_estimated_anew(tmp_path):
     assert avg[1].momentum == .1 and not any(m.training for m in avg.modules())
     plain = normed(lambda net: [Ema(N=net, halflife=40)], seed=10)
     plain.fit(10)
-    same(t.state_dict()['rng'], plain.state_dict()['rng'])
+    same(noise, rng_state())
     assert not torch.equal(plain.callbacks[0].nets['N'][1].running_mean, avg[1].running_mean)
     again = run(tmp_path/'a', 10)                                       # a finished run
     same(again.callbacks[0].state_dict(), t.callbacks[0].state_dict())
