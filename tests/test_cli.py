@@ -179,7 +179,7 @@ MISTAKES = {
     "train skrgan --data {tmp}/empty --out {tmp}/x": (1, "no images"),
     "train skrgan --data {photos} --out {tmp}/x --size 100": (1, "nearest is 128"),
     "train cyclegan --data {photos} --out {tmp}/x": (1, "skrgan"),
-    "train skrgan --data {photos} --out {tmp}/x --scale huge": (1, "tour, gpu, paper"),
+    "train skrgan --data {photos} --out {tmp}/x --scale huge": (1, "tour, cpu, gpu, paper"),
     "train skrgan --data {photos} --out {tmp}/x --scale tour --style cubist": (1, "cubist"),
     "train skrgan --data {photos} --out {tmp}/x --set ngf": (1, "name=value"),
     "train skrgan --data {photos} --out {tmp}/x --scale tour --set colour=red": (1, "no argument 'colour'"),
