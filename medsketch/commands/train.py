@@ -6,9 +6,10 @@
 __all__ = ['DEFAULTS', 'NOTED', 'Job', 'default_scale', 'started', 'dry_run', 'resumed', 'scoring', 'check_options',
            'fresh_start', 'carry_out', 'uses_masks', 'train', 'train_as_asked', 'job_of']
 
-# %% ../../nbs/11_cli/05_train.ipynb #845f7883
+# %% ../../nbs/11_cli/05_train.ipynb #443e98dd
 import contextlib
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,7 +184,7 @@ def check_options(job:Job):
     apart(job.out, None if job.data.startswith('phantoms:') else job.data)
     return acc, log
 
-# %% ../../nbs/11_cli/05_train.ipynb #39df2cc1
+# %% ../../nbs/11_cli/05_train.ipynb #4c2ed74e
 @contextlib.contextmanager
 def fresh_start(
     out:Path, # the run's folder
@@ -193,7 +194,7 @@ def fresh_start(
     try: yield
     except Exception:
         kept = (out/'config.json') in (there or ()) or list(out.glob('*/checkpoints/*.pt'))
-        if out.is_dir() and not kept:
+        if out.is_dir() and not kept and os.environ.get('RANK', '0') == '0': # of several processes the first
             for p in set(out.iterdir()) - (there or set()):
                 shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)
             if there is None: out.rmdir()
@@ -263,7 +264,7 @@ def train(recipe:str=typer.Argument(None, help="a name of the list above; with -
     asked['stages'] = split_names('--stages', stages) if stages is not None else None
     train_as_asked(*job_of(recipe, asked, resume), resume)
 
-# %% ../../nbs/11_cli/05_train.ipynb #c4570f89
+# %% ../../nbs/11_cli/05_train.ipynb #b19fbe87
 def train_as_asked(
     job:Job,
     again:bool, # is there a run to go on with?
@@ -286,7 +287,7 @@ def job_of(
     "What is to be trained. Raises `ValueError` or `Usage`"
     from medsketch.recipes import RECIPES
     is_run = lambda p: p is not None and str(p).strip() and (Path(p).expanduser()/'config.json').is_file()
-    if recipe is None and not resume: raise Usage("Missing argument 'RECIPE'.")
+    if recipe is None and not resume: raise Usage("Missing argument 'recipe'.")
     if resume and asked['out'] is None:
         if recipe is None: raise Usage("Missing the run: medsketch train --resume RUN")
         if recipe in RECIPES and not is_run(recipe): raise Usage("Missing option '--out'.")
