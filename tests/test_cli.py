@@ -11,14 +11,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from faults import contents, disk_full
 from PIL import Image
 
 from medsketch.cli import main
 from medsketch.core import to_uint8
 from medsketch.data import phantom_data
-from faults import contents, disk_full
 
-TINY = "--scale tour --steps 6 --style fundus --set batch_size=2 --set fmap_max=8 --set ngf=4 --set ndf=4 --set latent_dim=8"
+TINY = (
+    "--scale tour --steps 6 --style fundus --set batch_size=2 --set fmap_max=8 --set ngf=4 --set ndf=4 "
+    "--set latent_dim=8"
+)
 
 
 @pytest.fixture
@@ -115,11 +118,18 @@ def test_evaluate_prints_a_table_and_json(medsketch, photos, tmp_path):
     status, out, _ = medsketch(f"evaluate {photos} {photos} --size 32 --json --metrics swd")
     scores = json.loads(out)
     assert scores["real"] == scores["fake"] == 8 and scores["used"] == 4
-    assert scores["swd"]["low"] <= scores["swd"]["score"] <= scores["swd"]["high"] and scores["swd"]["real_halves"] > 0 and scores["swd"]["extractor"]
+    assert (
+        scores["swd"]["low"] <= scores["swd"]["score"] <= scores["swd"]["high"]
+        and scores["swd"]["real_halves"] > 0
+        and scores["swd"]["extractor"]
+    )
 
 
 def test_compare_prints_the_papers_table_and_goes_on(medsketch, tmp_path):
-    line = f"compare --data phantoms:fundus:24 --recipes dcgan,wgan --scale tour --size 32 --steps 4 --n 12 --features thumbnails --metrics swd,fid --out {tmp_path}/c"
+    line = (
+        f"compare --data phantoms:fundus:24 --recipes dcgan,wgan --scale tour --size 32 --steps 4 --n 12 "
+        f"--features thumbnails --metrics swd,fid --out {tmp_path}/c"
+    )
     status, out, err = medsketch(line)
     assert (status, err) == (0, "") and "FID ↓" in out and "dcgan" in out and out.count("trained, scored") == 2
     table = (tmp_path / "c/table.csv").read_text()
@@ -132,7 +142,10 @@ def test_compare_prints_the_papers_table_and_goes_on(medsketch, tmp_path):
 def test_export_writes_a_set_with_its_datasheet(medsketch, photos, trained, tmp_path):
     status, out, err = medsketch(f"export {trained} --n 3 --out {tmp_path}/set --licence cc0-1.0 --source phantoms")
     assert (status, err) == (0, "") and "datasheet" in out
-    assert len(list((tmp_path / "set/images").glob("*.png"))) == 3 and "not checked" in (tmp_path / "set/DATASHEET.md").read_text().lower()
+    assert (
+        len(list((tmp_path / "set/images").glob("*.png"))) == 3
+        and "not checked" in (tmp_path / "set/DATASHEET.md").read_text().lower()
+    )
     status, _, err = medsketch(f"export {trained} --n 3 --out {tmp_path}/set2 --format parquet")
     assert status == 1 and "folder" in err and not (tmp_path / "set2").exists()
 
@@ -152,7 +165,12 @@ def test_resume_goes_on_and_a_second_start_is_refused(medsketch, photos, trained
 def test_a_launcher_trains_on_two_processes_as_on_one(photos, tmp_path):
     "The line of the command page; without a GPU too"
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    line = [sys.executable, "-c", "from medsketch.cli import main; main()", *f"train dcgan --data {photos} --out {tmp_path}/run --scale tour --steps 20 --set batch_size=2".split()]
+    line = [
+        sys.executable,
+        "-c",
+        "from medsketch.cli import main; main()",
+        *f"train dcgan --data {photos} --out {tmp_path}/run --scale tour --steps 20 --set batch_size=2".split(),
+    ]
     done = subprocess.run(run + line, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained: ") == 1 and (tmp_path / "run/weights.safetensors").exists()
@@ -240,12 +258,20 @@ def test_weights_of_another_recipe_or_none(medsketch, trained, tmp_path):
 
 def test_the_installed_command_runs_in_a_process_of_its_own(tmp_path):
     code = "from medsketch.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "sample", str(tmp_path), "--out", str(tmp_path)], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "sample", str(tmp_path), "--out", str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and done.stderr.startswith("medsketch: ") and "Traceback" not in done.stderr
 
 
 def test_text_is_utf8_where_the_machine_speaks_something_else(tmp_path):
-    code = f"from medsketch.core import atomic_write\nwith atomic_write({str(tmp_path / 't')!r}, 'w') as f: f.write('SWD \\u00d7 10\\u00b3\\n')"
+    code = (
+        "from medsketch.core import atomic_write\n"
+        f"with atomic_write({str(tmp_path / 't')!r}, 'w') as f: f.write('SWD \\u00d7 10\\u00b3\\n')"
+    )
     plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=plain)
     assert done.returncode == 0, done.stderr
@@ -264,7 +290,10 @@ def test_demo_writes_picture_and_scores(medsketch, tmp_path):
 def test_steps_are_all_there_are_unless_more_is_asked_for(medsketch, photos, tmp_path):
     "The scale `gpu` has a joint stage of thousands of steps"
     small = TINY.replace("tour", "gpu --size 32 --set receptive_field=34 --set fmap_base=64")
-    for more, stages in (("", {"sketch", "render"}), (" --set joint_steps=3 --set render_steps=2", {"sketch", "render", "joint"})):
+    for more, stages in (
+        ("", {"sketch", "render"}),
+        (" --set joint_steps=3 --set render_steps=2", {"sketch", "render", "joint"}),
+    ):
         out = tmp_path / str(len(stages))
         status, _, err = medsketch(f"train skrgan --data {photos} --out {out} {small}{more}")
         assert (status, err) == (0, "")
@@ -275,7 +304,10 @@ def test_steps_are_all_there_are_unless_more_is_asked_for(medsketch, photos, tmp
 
 def test_one_stage_alone(medsketch, photos, tmp_path):
     "A renderer for people who draw: trained without a sketch generator, and it says so when asked for sketches"
-    status, _, err = medsketch(f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --stages render --set variants=true --set consistency=20")
+    status, _, err = medsketch(
+        f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --stages render "
+        "--set variants=true --set consistency=20"
+    )
     assert (status, err) == (0, "")
     medsketch(f"sketch {photos} {tmp_path}/s --style fundus --size 32")
     assert medsketch(f"render {tmp_path}/run --sketches {tmp_path}/s --out {tmp_path}/r")[0] == 0
@@ -300,9 +332,15 @@ def test_packaged_weights_by_name(medsketch, photos, tmp_path):
     assert pixels(tmp_path / "r/eye0.png").shape == (128, 128)
 
 
-@pytest.mark.parametrize("line, says", [
-    ("studio kidney", "no weights are called kidney"), ("studio fundus --port 700000", "choose another --port"),
-    ("lab {file}/below", "cannot write notebooks"), ("pretrain chest_xray --out {tmp}/x --data {tmp}", "mhh_covid")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("studio kidney", "no weights are called kidney"),
+        ("studio fundus --port 700000", "choose another --port"),
+        ("lab {file}/below", "cannot write notebooks"),
+        ("pretrain chest_xray --out {tmp}/x --data {tmp}", "mhh_covid"),
+    ],
+)
 def test_mistakes_of_people_who_draw(medsketch, tmp_path, line, says):
     (tmp_path / "file").write_text("")
     status, _, err = medsketch(line.format(file=tmp_path / "file", tmp=tmp_path))
@@ -389,14 +427,20 @@ def test_fine_tuning_takes_shapes_and_weights(medsketch, photos, tmp_path):
     status, _, err = medsketch(f"{line} --out {tmp_path}/second --init {tmp_path}/first")
     assert (status, err) == (0, "")
     config = json.loads((tmp_path / "second/config.json").read_text())
-    assert config["config"]["ngf"] == 4 and config["init"]["from"] == str(tmp_path / "first") and "G_P" in config["init"]["weights"]
+    assert (
+        config["config"]["ngf"] == 4
+        and config["init"]["from"] == str(tmp_path / "first")
+        and "G_P" in config["init"]["weights"]
+    )
     assert medsketch(f"{line} {small} --out {tmp_path}/third --init G_P={tmp_path}/first")[0] == 0
     assert set(json.loads((tmp_path / "third/config.json").read_text())["init"]["weights"]) == {"G_P"}
     assert medsketch(f"train --resume {tmp_path}/third")[0] == 0
 
 
 def test_scores_while_training_choose_the_best(medsketch, photos, tmp_path):
-    line = f"train dcgan --data {photos} --out {tmp_path}/run --steps 60 --every 55 {SMALL} --evaluate fid,swd --best fid"
+    line = (
+        f"train dcgan --data {photos} --out {tmp_path}/run --steps 60 --every 55 {SMALL} --evaluate fid,swd --best fid"
+    )
     status, _, err = medsketch(line)
     assert (status, err) == (0, "")
     header, *rows = [x.split(",") for x in (tmp_path / "run/gan/log.csv").read_text().splitlines()]
@@ -406,20 +450,25 @@ def test_scores_while_training_choose_the_best(medsketch, photos, tmp_path):
 
 
 def test_stages_without_images_are_not_scored(medsketch, photos, tmp_path):
-    status, _, err = medsketch(f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --evaluate swd --best swd --every 3")
+    status, _, err = medsketch(
+        f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --evaluate swd --best swd --every 3"
+    )
     assert (status, err) == (0, "")
     logs = {k: (tmp_path / f"run/{k}/log.csv").read_text().splitlines()[0] for k in ("sketch", "render")}
     assert "swd" in logs["render"] and "swd" not in logs["sketch"]
 
 
 def test_what_is_planned_is_said_and_steps_fit_the_minutes(medsketch, photos, tmp_path):
-    status, out, _ = medsketch(f"train pggan --data {photos} --out {tmp_path}/run --scale tour --steps 40 --set fmap_max=4 --set batch_size=2")
+    status, out, _ = medsketch(
+        f"train pggan --data {photos} --out {tmp_path}/run --scale tour --steps 40 --set fmap_max=4 --set batch_size=2"
+    )
     assert status == 0 and "planned steps: " in out and "a step" in out and "images" in out.splitlines()[0]
-    status, out, err = medsketch(f"train skrgan --data {photos} --out {tmp_path}/short --minutes 0.03 "
-                                 f"{TINY.replace('--steps 6', '')}")
+    status, out, err = medsketch(
+        f"train skrgan --data {photos} --out {tmp_path}/short --minutes 0.03 {TINY.replace('--steps 6', '')}"
+    )
     assert (status, err) == (0, "")
     config = json.loads((tmp_path / "short/config.json").read_text())
-    assert config["train"]["minutes"] == .03 and 1 <= config["config"]["render_steps"] < 250
+    assert config["train"]["minutes"] == 0.03 and 1 <= config["config"]["render_steps"] < 250
     status, _, err = medsketch(f"train dcgan --data {photos} --out {tmp_path}/x --minutes 0.000001 {SMALL}")
     assert status == 1 and "allow more time" in err and not (tmp_path / "x").exists()
 
@@ -447,13 +496,17 @@ def test_help_lists_every_recipe_and_the_version_is_there(medsketch):
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys\nfrom medsketch.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-            "print({m.split('.')[0] for m in sys.modules} & {'torch', 'numpy', 'cv2', 'matplotlib', 'monai', 'accelerate', 'PIL'}, file=sys.stderr)")
+    code = (
+        "import sys\nfrom medsketch.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'cv2', 'matplotlib', 'monai', 'accelerate', 'PIL'}\n"
+        "print({m.split('.')[0] for m in sys.modules} & heavy, file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stderr.strip() == "set()" and "train" in done.stdout
 
 
 # ---- nothing of the user's is overwritten ------------------------------------------------------------
+
 
 def test_same_stems_get_names_of_their_own(medsketch, photos, trained, tmp_path):
     for name in ("a.png", "a.jpg", "A.bmp", "b.png"):
@@ -484,12 +537,22 @@ def test_samples_go_on_and_sets_are_never_mixed(medsketch, trained, tmp_path):
     assert medsketch(f"sample {trained} --n 20 --out {tmp_path}/new")[0] == 0
     assert contents(tmp_path / "new" / "images").keys() == contents(tmp_path / "whole/images").keys()
     assert (tmp_path / "new/metadata.jsonl").read_text() == (tmp_path / "whole/metadata.jsonl").read_text()
-    assert np.abs(pixels(tmp_path / "new/images/000017.png").astype(int) - pixels(tmp_path / "whole/images/000017.png")).max() <= 1
+    assert (
+        np.abs(
+            pixels(tmp_path / "new/images/000017.png").astype(int) - pixels(tmp_path / "whole/images/000017.png")
+        ).max()
+        <= 1
+    )
     status, _, err = medsketch(f"sample {trained} --n 3 --seed 1 --out {tmp_path}/new")
     assert status == 1 and "other samples" in err
     (tmp_path / "new/images/mine.png").write_text("mine")
     assert medsketch(f"sample {trained} --n 3 --seed 1 --out {tmp_path}/new --overwrite")[0] == 0
-    assert sorted(p.name for p in (tmp_path / "new/images").iterdir()) == ["000000.png", "000001.png", "000002.png", "mine.png"]
+    assert sorted(p.name for p in (tmp_path / "new/images").iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+        "mine.png",
+    ]
 
 
 def test_samples_need_no_memory_for_all(trained, tmp_path, monkeypatch):
@@ -503,10 +566,16 @@ def test_samples_need_no_memory_for_all(trained, tmp_path, monkeypatch):
     assert most == [16, 16, 8]
 
 
-@pytest.mark.parametrize("line", ["sketch {photos} {tmp}/x --size 32", "render {run} --sketches {photos} --out {tmp}/x",
-                                  "sample {run} --n 8 --out {tmp}/x"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sketch {photos} {tmp}/x --size 32",
+        "render {run} --sketches {photos} --out {tmp}/x",
+        "sample {run} --n 8 --out {tmp}/x",
+    ],
+)
 def test_a_full_disk_stops_and_says_how_many_are_written(medsketch, photos, trained, tmp_path, monkeypatch, line):
-    import medsketch.core as core
+    from medsketch import core
 
     before, n = core.save_png, []
 
@@ -518,10 +587,17 @@ def test_a_full_disk_stops_and_says_how_many_are_written(medsketch, photos, trai
 
     monkeypatch.setattr(core, "save_png", full)
     status, _, err = medsketch(line.format(photos=photos, run=trained, tmp=tmp_path))
-    assert status == 1 and "No space left" in err and "are written" in err and "skipped" not in err and err.count("\n") == 1
+    assert (
+        status == 1
+        and "No space left" in err
+        and "are written" in err
+        and "skipped" not in err
+        and err.count("\n") == 1
+    )
 
 
 # ---- what people and programs read --------------------------------------------------------------------
+
 
 def test_inspect_says_what_was_understood(medsketch, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -533,7 +609,7 @@ def test_inspect_says_what_was_understood(medsketch, photos, tmp_path, monkeypat
 
 
 def test_privacy_raises_the_alarm_for_copies(medsketch, tmp_path):
-    for name, seed in dict(train=0, new=1).items():
+    for name, seed in {"train": 0, "new": 1}.items():
         (tmp_path / name).mkdir()
         for i, x in enumerate(phantom_data("lung_ct", 24, 32, seed).batch(range(24))["image"]):
             Image.fromarray(to_uint8(x)[..., 0]).save(tmp_path / name / f"{i}.png")
@@ -545,20 +621,42 @@ def test_privacy_raises_the_alarm_for_copies(medsketch, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_scores_are_printed_to_any_stream(photos, encoding):
-    done = subprocess.run([sys.executable, "-c", "from medsketch.cli import main; main()", "evaluate", str(photos), str(photos),
-                           "--size", "32", "--resamples", "0"], check=False, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from medsketch.cli import main; main()",
+            "evaluate",
+            str(photos),
+            str(photos),
+            "--size",
+            "32",
+            "--resamples",
+            "0",
+        ],
+        check=False,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
     assert done.returncode == 0, done.stderr
     assert "SWD" in done.stdout.decode(encoding)
 
 
 def test_json_has_no_nan(medsketch, photos):
-    status, out, _ = medsketch(f"evaluate {photos} {photos} --size 32 --json --resamples 0 --metrics swd,ms_ssim,diversity")
+    status, out, _ = medsketch(
+        f"evaluate {photos} {photos} --size 32 --json --resamples 0 --metrics swd,ms_ssim,diversity"
+    )
 
     def never(constant):
         raise AssertionError(constant)
 
     scores = json.loads(out, parse_constant=never)
-    assert status == 0 and scores["swd"]["low"] is None and scores["ms_ssim"]["score"] > 0 and scores["diversity"]["score"] > 0
+    assert (
+        status == 0
+        and scores["swd"]["low"] is None
+        and scores["ms_ssim"]["score"] > 0
+        and scores["diversity"]["score"] > 0
+    )
 
 
 def test_control_characters_are_never_printed_raw(medsketch, photos, tmp_path):
@@ -574,9 +672,16 @@ def test_control_characters_are_never_printed_raw(medsketch, photos, tmp_path):
 
 
 def test_whatever_happens_is_one_line(medsketch, photos, tmp_path, monkeypatch):
-    import medsketch.commands.data as data
+    from medsketch.commands import data
 
-    for error in (KeyError("x"), ZeroDivisionError(), AssertionError(), MemoryError(), ValueError(), cv2.error("OpenCV(4.9) error: (-215)")):
+    for error in (
+        KeyError("x"),
+        ZeroDivisionError(),
+        AssertionError(),
+        MemoryError(),
+        ValueError(),
+        cv2.error("OpenCV(4.9) error: (-215)"),
+    ):
         monkeypatch.setattr(data, "apart", lambda *_, e=error: (_ for _ in ()).throw(e))
         status, _, err = medsketch(f"sketch {photos} {tmp_path}/x")
         assert status == 1 and err.count("\n") == 1 and len(err) > len("medsketch: \n") + 5 and "OpenCV" not in err
@@ -586,7 +691,7 @@ def test_whatever_happens_is_one_line(medsketch, photos, tmp_path, monkeypatch):
 
 
 def test_a_mistyped_run_is_not_looked_up(medsketch, tmp_path, monkeypatch):
-    import medsketch.pretrained as pretrained
+    from medsketch import pretrained
 
     monkeypatch.setattr(pretrained, "_from_hub", lambda *_: pytest.fail("the Hub was asked"))
     monkeypatch.chdir(tmp_path)
