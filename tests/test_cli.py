@@ -2,18 +2,26 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
+import torch
+from faults import contents, disk_full
 from PIL import Image
 
 from medsketch.cli import main
 from medsketch.core import to_uint8
 from medsketch.data import phantom_data
 
-TINY = "--scale tour --steps 6 --style fundus --set batch_size=2 --set fmap_max=8 --set ngf=4 --set ndf=4 --set latent_dim=8"
+TINY = (
+    "--scale tour --steps 6 --style fundus --set batch_size=2 --set fmap_max=8 --set ngf=4 --set ndf=4 "
+    "--set latent_dim=8"
+)
 
 
 @pytest.fixture
@@ -110,11 +118,18 @@ def test_evaluate_prints_a_table_and_json(medsketch, photos, tmp_path):
     status, out, _ = medsketch(f"evaluate {photos} {photos} --size 32 --json --metrics swd")
     scores = json.loads(out)
     assert scores["real"] == scores["fake"] == 8 and scores["used"] == 4
-    assert scores["swd"]["low"] <= scores["swd"]["score"] <= scores["swd"]["high"] and scores["swd"]["real_halves"] > 0 and scores["swd"]["extractor"]
+    assert (
+        scores["swd"]["low"] <= scores["swd"]["score"] <= scores["swd"]["high"]
+        and scores["swd"]["real_halves"] > 0
+        and scores["swd"]["extractor"]
+    )
 
 
 def test_compare_prints_the_papers_table_and_goes_on(medsketch, tmp_path):
-    line = f"compare --data phantoms:fundus:24 --recipes dcgan,wgan --scale tour --size 32 --steps 4 --n 12 --features thumbnails --metrics swd,fid --out {tmp_path}/c"
+    line = (
+        f"compare --data phantoms:fundus:24 --recipes dcgan,wgan --scale tour --size 32 --steps 4 --n 12 "
+        f"--features thumbnails --metrics swd,fid --out {tmp_path}/c"
+    )
     status, out, err = medsketch(line)
     assert (status, err) == (0, "") and "FID ↓" in out and "dcgan" in out and out.count("trained, scored") == 2
     table = (tmp_path / "c/table.csv").read_text()
@@ -127,7 +142,10 @@ def test_compare_prints_the_papers_table_and_goes_on(medsketch, tmp_path):
 def test_export_writes_a_set_with_its_datasheet(medsketch, photos, trained, tmp_path):
     status, out, err = medsketch(f"export {trained} --n 3 --out {tmp_path}/set --licence cc0-1.0 --source phantoms")
     assert (status, err) == (0, "") and "datasheet" in out
-    assert len(list((tmp_path / "set/images").glob("*.png"))) == 3 and "not checked" in (tmp_path / "set/DATASHEET.md").read_text().lower()
+    assert (
+        len(list((tmp_path / "set/images").glob("*.png"))) == 3
+        and "not checked" in (tmp_path / "set/DATASHEET.md").read_text().lower()
+    )
     status, _, err = medsketch(f"export {trained} --n 3 --out {tmp_path}/set2 --format parquet")
     assert status == 1 and "folder" in err and not (tmp_path / "set2").exists()
 
@@ -147,7 +165,12 @@ def test_resume_goes_on_and_a_second_start_is_refused(medsketch, photos, trained
 def test_a_launcher_trains_on_two_processes_as_on_one(photos, tmp_path):
     "The line of the command page; without a GPU too"
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    line = [sys.executable, "-c", "from medsketch.cli import main; main()", *f"train dcgan --data {photos} --out {tmp_path}/run --scale tour --steps 20 --set batch_size=2".split()]
+    line = [
+        sys.executable,
+        "-c",
+        "from medsketch.cli import main; main()",
+        *f"train dcgan --data {photos} --out {tmp_path}/run --scale tour --steps 20 --set batch_size=2".split(),
+    ]
     done = subprocess.run(run + line, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained: ") == 1 and (tmp_path / "run/weights.safetensors").exists()
@@ -179,7 +202,7 @@ MISTAKES = {
     "train skrgan --data {tmp}/empty --out {tmp}/x": (1, "no images"),
     "train skrgan --data {photos} --out {tmp}/x --size 100": (1, "nearest is 128"),
     "train cyclegan --data {photos} --out {tmp}/x": (1, "skrgan"),
-    "train skrgan --data {photos} --out {tmp}/x --scale huge": (1, "tour, gpu, paper"),
+    "train skrgan --data {photos} --out {tmp}/x --scale huge": (1, "tour, cpu, gpu, paper"),
     "train skrgan --data {photos} --out {tmp}/x --scale tour --style cubist": (1, "cubist"),
     "train skrgan --data {photos} --out {tmp}/x --set ngf": (1, "name=value"),
     "train skrgan --data {photos} --out {tmp}/x --scale tour --set colour=red": (1, "no argument 'colour'"),
@@ -235,12 +258,20 @@ def test_weights_of_another_recipe_or_none(medsketch, trained, tmp_path):
 
 def test_the_installed_command_runs_in_a_process_of_its_own(tmp_path):
     code = "from medsketch.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "sample", str(tmp_path), "--out", str(tmp_path)], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "sample", str(tmp_path), "--out", str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and done.stderr.startswith("medsketch: ") and "Traceback" not in done.stderr
 
 
 def test_text_is_utf8_where_the_machine_speaks_something_else(tmp_path):
-    code = f"from medsketch.core import atomic_write\nwith atomic_write({str(tmp_path / 't')!r}, 'w') as f: f.write('SWD \\u00d7 10\\u00b3\\n')"
+    code = (
+        "from medsketch.core import atomic_write\n"
+        f"with atomic_write({str(tmp_path / 't')!r}, 'w') as f: f.write('SWD \\u00d7 10\\u00b3\\n')"
+    )
     plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=plain)
     assert done.returncode == 0, done.stderr
@@ -259,7 +290,10 @@ def test_demo_writes_picture_and_scores(medsketch, tmp_path):
 def test_steps_are_all_there_are_unless_more_is_asked_for(medsketch, photos, tmp_path):
     "The scale `gpu` has a joint stage of thousands of steps"
     small = TINY.replace("tour", "gpu --size 32 --set receptive_field=34 --set fmap_base=64")
-    for more, stages in (("", {"sketch", "render"}), (" --set joint_steps=3 --set render_steps=2", {"sketch", "render", "joint"})):
+    for more, stages in (
+        ("", {"sketch", "render"}),
+        (" --set joint_steps=3 --set render_steps=2", {"sketch", "render", "joint"}),
+    ):
         out = tmp_path / str(len(stages))
         status, _, err = medsketch(f"train skrgan --data {photos} --out {out} {small}{more}")
         assert (status, err) == (0, "")
@@ -270,7 +304,10 @@ def test_steps_are_all_there_are_unless_more_is_asked_for(medsketch, photos, tmp
 
 def test_one_stage_alone(medsketch, photos, tmp_path):
     "A renderer for people who draw: trained without a sketch generator, and it says so when asked for sketches"
-    status, _, err = medsketch(f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --stages render --set variants=true --set consistency=20")
+    status, _, err = medsketch(
+        f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --stages render "
+        "--set variants=true --set consistency=20"
+    )
     assert (status, err) == (0, "")
     medsketch(f"sketch {photos} {tmp_path}/s --style fundus --size 32")
     assert medsketch(f"render {tmp_path}/run --sketches {tmp_path}/s --out {tmp_path}/r")[0] == 0
@@ -295,10 +332,370 @@ def test_packaged_weights_by_name(medsketch, photos, tmp_path):
     assert pixels(tmp_path / "r/eye0.png").shape == (128, 128)
 
 
-@pytest.mark.parametrize("line, says", [
-    ("studio kidney", "no weights are called kidney"), ("studio fundus --port 700000", "choose another --port"),
-    ("lab {file}/below", "cannot write notebooks"), ("pretrain chest_xray --out {tmp}/x --data {tmp}", "mhh_covid")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("studio kidney", "no weights are called kidney"),
+        ("studio fundus --port 700000", "choose another --port"),
+        ("lab {file}/below", "cannot write notebooks"),
+        ("pretrain chest_xray --out {tmp}/x --data {tmp}", "mhh_covid"),
+    ],
+)
 def test_mistakes_of_people_who_draw(medsketch, tmp_path, line, says):
     (tmp_path / "file").write_text("")
     status, _, err = medsketch(line.format(file=tmp_path / "file", tmp=tmp_path))
     assert status == 1 and says in err and err.count("\n") == 1
+
+
+# ---- resume, start from other weights, score while training ----------------------------------------
+
+SMALL = "--scale tour --set ngf=4 --set ndf=4 --set latent_dim=8 --set batch_size=2"
+
+
+def weights(run):
+    return (run / "weights.safetensors").read_bytes()
+
+
+def stop_after(monkeypatch, steps):
+    "The next training is interrupted after so many steps, as by Ctrl+C"
+    from medsketch.train import callbacks
+
+    def after_step(self, trainer, before=callbacks.StopOnNan.after_step):
+        before(self, trainer)
+        if trainer.step == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(callbacks.StopOnNan, "after_step", after_step)
+
+
+def test_resume_is_one_word_and_an_interruption_says_so(medsketch, photos, tmp_path, monkeypatch):
+    line = f"train dcgan --data {photos} --steps 12 --every 5 --seed 3 {SMALL}"
+    assert medsketch(f"{line} --out {tmp_path}/whole")[0] == 0
+    with monkeypatch.context() as m:
+        stop_after(m, 7)
+        status, _, err = medsketch(f"{line} --out {tmp_path}/run")
+    assert status == 130 and err.count("\n") == 1
+    assert "saved: " in err and f"go on with: medsketch train --resume {tmp_path}/run" in err
+    status, out, err = medsketch(f"train --resume {tmp_path}/run")
+    assert (status, err) == (0, "") and "trained: " in out
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    noted = json.loads((tmp_path / "run/config.json").read_text())["train"]
+    assert noted["data"] == str(photos) and noted["every"] == 5 and noted["scale"] == "tour" and noted["steps"] == 12
+    assert medsketch(f"train {tmp_path}/run --resume --steps 12 --seed 3 {SMALL}")[0] == 0  # options that agree
+    assert medsketch(f"{line} --out {tmp_path}/run --resume")[0] == 0  # and the line of before
+
+
+def test_a_run_of_earlier_versions_resumes_with_its_data(medsketch, photos, tmp_path):
+    assert medsketch(f"train dcgan --data {photos} --out {tmp_path}/run --steps 2 {SMALL}")[0] == 0
+    path = tmp_path / "run/config.json"
+    config = json.loads(path.read_text())
+    del config["train"]
+    path.write_text(json.dumps(config))
+    status, _, err = medsketch(f"train --resume {tmp_path}/run")
+    assert status == 1 and "add --data" in err
+    assert medsketch(f"train --resume {tmp_path}/run --data {photos} --steps 2")[0] == 0
+    status, _, err = medsketch(f"train --resume {tmp_path}/run --data {photos} --steps 3")
+    assert status == 1 and "steps 2, not 3" in err
+
+
+def test_a_start_that_failed_leaves_nothing_in_the_way(medsketch, photos, tmp_path, monkeypatch):
+    from medsketch.recipes import DCGAN
+
+    line = f"train dcgan --data {photos} --out {tmp_path}/run --steps 2 {SMALL}"
+
+    def broken(self, data):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as m:
+        m.setattr(DCGAN, "stream", lambda *_: broken(*_[:2]))
+        status, _, err = medsketch(line)
+    assert status == 1 and "out of memory" in err and not (tmp_path / "run").exists()
+    assert medsketch(line)[0] == 0
+    before = weights(tmp_path / "run")
+    assert medsketch(line)[0] == 1 and weights(tmp_path / "run") == before  # a run that is there stays
+
+
+def test_fine_tuning_takes_shapes_and_weights(medsketch, photos, tmp_path):
+    line = f"train skrgan --data {photos} --scale tour --stages render --set render_steps=1 --set batches=1"
+    status, _, err = medsketch(f"{line} --size 32 --init lung_ct --out {tmp_path}/x")
+    assert status == 1 and "this recipe needs" in err and not (tmp_path / "x").exists()
+    assert medsketch(f"{line} --init lung_ct --out {tmp_path}/lung --set batch_size=2")[0] == 0
+    config = json.loads((tmp_path / "lung/config.json").read_text())["config"]
+    assert (config["size"], config["channels"], config["ngf"], config["style"]) == (128, 1, 16, "lung_ct")
+    small = "--set ngf=4 --set ndf=4 --set fmap_max=8 --set latent_dim=8"
+    assert medsketch(f"{line} {small} --out {tmp_path}/first")[0] == 0
+    status, _, err = medsketch(f"{line} --out {tmp_path}/second --init {tmp_path}/first")
+    assert (status, err) == (0, "")
+    config = json.loads((tmp_path / "second/config.json").read_text())
+    assert (
+        config["config"]["ngf"] == 4
+        and config["init"]["from"] == str(tmp_path / "first")
+        and "G_P" in config["init"]["weights"]
+    )
+    assert medsketch(f"{line} {small} --out {tmp_path}/third --init G_P={tmp_path}/first")[0] == 0
+    assert set(json.loads((tmp_path / "third/config.json").read_text())["init"]["weights"]) == {"G_P"}
+    assert medsketch(f"train --resume {tmp_path}/third")[0] == 0
+
+
+def test_scores_while_training_choose_the_best(medsketch, photos, tmp_path):
+    line = (
+        f"train dcgan --data {photos} --out {tmp_path}/run --steps 60 --every 55 {SMALL} --evaluate fid,swd --best fid"
+    )
+    status, _, err = medsketch(line)
+    assert (status, err) == (0, "")
+    header, *rows = [x.split(",") for x in (tmp_path / "run/gan/log.csv").read_text().splitlines()]
+    assert {"fid", "swd"} <= set(header) and float(rows[-1][header.index("fid")]) > 0
+    assert (tmp_path / "run/gan/checkpoints/best.pt").exists()
+    assert medsketch(f"train --resume {tmp_path}/run")[0] == 0
+
+
+def test_stages_without_images_are_not_scored(medsketch, photos, tmp_path):
+    status, _, err = medsketch(
+        f"train skrgan --data {photos} --out {tmp_path}/run {TINY} --evaluate swd --best swd --every 3"
+    )
+    assert (status, err) == (0, "")
+    logs = {k: (tmp_path / f"run/{k}/log.csv").read_text().splitlines()[0] for k in ("sketch", "render")}
+    assert "swd" in logs["render"] and "swd" not in logs["sketch"]
+
+
+def test_what_is_planned_is_said_and_steps_fit_the_minutes(medsketch, photos, tmp_path):
+    status, out, _ = medsketch(
+        f"train pggan --data {photos} --out {tmp_path}/run --scale tour --steps 40 --set fmap_max=4 --set batch_size=2"
+    )
+    assert status == 0 and "planned steps: " in out and "a step" in out and "images" in out.splitlines()[0]
+    status, out, err = medsketch(
+        f"train skrgan --data {photos} --out {tmp_path}/short --minutes 0.03 {TINY.replace('--steps 6', '')}"
+    )
+    assert (status, err) == (0, "")
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    assert config["train"]["minutes"] == 0.03 and 1 <= config["config"]["render_steps"] < 250
+    status, _, err = medsketch(f"train dcgan --data {photos} --out {tmp_path}/x --minutes 0.000001 {SMALL}")
+    assert status == 1 and "allow more time" in err and not (tmp_path / "x").exists()
+
+
+def test_the_scale_follows_the_machine(medsketch, photos, tmp_path, monkeypatch):
+    from medsketch.commands.train import default_scale
+
+    assert default_scale() == ("gpu" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert default_scale() == "gpu"
+
+
+def test_help_lists_every_recipe_and_the_version_is_there(medsketch):
+    from medsketch import __version__
+    from medsketch.recipes import RECIPES
+
+    status, out, _ = medsketch("train --help")
+    assert status == 0
+    for name, cls in RECIPES.items():
+        assert f"{name}" in out and cls.__doc__.splitlines()[0][:20] in " ".join(out.split())
+    assert medsketch("--version") == (0, f"medsketch {__version__}\n", "")
+    for command in ("sketch", "sample", "export", "pretrain", "compare", "inspect", "privacy"):
+        status, out, _ = medsketch(f"{command} --help")
+        assert status == 0 and not re.search(r"\{(styles|kinds|formats|packaged|recipes)\}", out)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom medsketch.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'cv2', 'matplotlib', 'monai', 'accelerate', 'PIL'}\n"
+        "print({m.split('.')[0] for m in sys.modules} & heavy, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr.strip() == "set()" and "train" in done.stdout
+
+
+# ---- nothing of the user's is overwritten ------------------------------------------------------------
+
+
+def test_same_stems_get_names_of_their_own(medsketch, photos, trained, tmp_path):
+    for name in ("a.png", "a.jpg", "A.bmp", "b.png"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.open(photos / "eye0.png").save(tmp_path / "in" / name)
+    assert medsketch(f"sketch {tmp_path}/in {tmp_path}/s --size 32")[0] == 0
+    names = [p.name.lower() for p in (tmp_path / "s").iterdir()]
+    assert len(names) == len(set(names)) == 4
+    assert medsketch(f"render {trained} --sketches {tmp_path}/in --out {tmp_path}/r")[0] == 0
+    names = [p.name.lower() for p in (tmp_path / "r").iterdir()]
+    assert len(names) == len(set(names)) == 4
+
+
+def test_what_is_there_is_replaced_only_if_asked(medsketch, photos, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/eye3.png").write_text("mine")
+    status, _, err = medsketch(f"sketch {photos} {tmp_path}/s --size 32")
+    assert status == 1 and "--overwrite" in err and [p.name for p in (tmp_path / "s").iterdir()] == ["eye3.png"]
+    assert medsketch(f"sketch {photos} {tmp_path}/s --size 32 --overwrite")[0] == 0
+    assert pixels(tmp_path / "s/eye3.png").shape == (32, 32)
+
+
+def test_samples_go_on_and_sets_are_never_mixed(medsketch, trained, tmp_path):
+    medsketch(f"sample {trained} --n 20 --out {tmp_path}/whole")
+    medsketch(f"sample {trained} --n 5 --out {tmp_path}/new")
+    with open(tmp_path / "new/metadata.jsonl", "a") as f:
+        f.write('{"recipe": "skr')  # a kill in the middle of a line
+    assert medsketch(f"sample {trained} --n 20 --out {tmp_path}/new")[0] == 0
+    assert contents(tmp_path / "new" / "images").keys() == contents(tmp_path / "whole/images").keys()
+    assert (tmp_path / "new/metadata.jsonl").read_text() == (tmp_path / "whole/metadata.jsonl").read_text()
+    assert (
+        np.abs(
+            pixels(tmp_path / "new/images/000017.png").astype(int) - pixels(tmp_path / "whole/images/000017.png")
+        ).max()
+        <= 1
+    )
+    status, _, err = medsketch(f"sample {trained} --n 3 --seed 1 --out {tmp_path}/new")
+    assert status == 1 and "other samples" in err
+    (tmp_path / "new/images/mine.png").write_text("mine")
+    assert medsketch(f"sample {trained} --n 3 --seed 1 --out {tmp_path}/new --overwrite")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "new/images").iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+        "mine.png",
+    ]
+
+
+def test_samples_need_no_memory_for_all(trained, tmp_path, monkeypatch):
+    "Whatever is drawn, at most sixteen are there at a time"
+    from medsketch.commands import draw
+    from medsketch.pretrained import load
+
+    most, before = [], draw.draw_from
+    monkeypatch.setattr(draw, "draw_from", lambda *a: most.append(len(next(iter((b := before(*a)).values())))) or b)
+    assert list(draw.write_samples(load(trained), tmp_path, 0, 40, 0)) == [16, 32, 40]
+    assert most == [16, 16, 8]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sketch {photos} {tmp}/x --size 32",
+        "render {run} --sketches {photos} --out {tmp}/x",
+        "sample {run} --n 8 --out {tmp}/x",
+    ],
+)
+def test_a_full_disk_stops_and_says_how_many_are_written(medsketch, photos, trained, tmp_path, monkeypatch, line):
+    from medsketch import core
+
+    before, n = core.save_png, []
+
+    def full(path, x):
+        n.append(path)
+        if len(n) > 4:
+            disk_full()
+        before(path, x)
+
+    monkeypatch.setattr(core, "save_png", full)
+    status, _, err = medsketch(line.format(photos=photos, run=trained, tmp=tmp_path))
+    assert (
+        status == 1
+        and "No space left" in err
+        and "are written" in err
+        and "skipped" not in err
+        and err.count("\n") == 1
+    )
+
+
+# ---- what people and programs read --------------------------------------------------------------------
+
+
+def test_inspect_says_what_was_understood(medsketch, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = medsketch(f"inspect {photos} --size 32")
+    assert (status, err) == (0, "") and "images    8" in out and "subjects" in out
+    assert pixels(tmp_path / "contact-sheet.png").ndim == 3
+    medsketch(f"inspect {photos} --size 32")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["contact-sheet-1.png", "contact-sheet.png"]
+
+
+def test_privacy_raises_the_alarm_for_copies(medsketch, tmp_path):
+    for name, seed in {"train": 0, "new": 1}.items():
+        (tmp_path / name).mkdir()
+        for i, x in enumerate(phantom_data("lung_ct", 24, 32, seed).batch(range(24))["image"]):
+            Image.fromarray(to_uint8(x)[..., 0]).save(tmp_path / name / f"{i}.png")
+    status, out, err = medsketch(f"privacy {tmp_path}/train {tmp_path}/train --size 32")
+    assert status == 1 and "ALARM" in err and "copies" in out
+    status, out, _ = medsketch(f"privacy {tmp_path}/train {tmp_path}/new --size 32 --json --out {tmp_path}/nearest.png")
+    assert status == 0 and json.loads(out)["alarm"] is False and (tmp_path / "nearest.png").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_scores_are_printed_to_any_stream(photos, encoding):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from medsketch.cli import main; main()",
+            "evaluate",
+            str(photos),
+            str(photos),
+            "--size",
+            "32",
+            "--resamples",
+            "0",
+        ],
+        check=False,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SWD" in done.stdout.decode(encoding)
+
+
+def test_json_has_no_nan(medsketch, photos):
+    status, out, _ = medsketch(
+        f"evaluate {photos} {photos} --size 32 --json --resamples 0 --metrics swd,ms_ssim,diversity"
+    )
+
+    def never(constant):
+        raise AssertionError(constant)
+
+    scores = json.loads(out, parse_constant=never)
+    assert (
+        status == 0
+        and scores["swd"]["low"] is None
+        and scores["ms_ssim"]["score"] > 0
+        and scores["diversity"]["score"] > 0
+    )
+
+
+def test_control_characters_are_never_printed_raw(medsketch, photos, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "eye.png").write_bytes((photos / "eye0.png").read_bytes())
+    (folder / "bad\x1b[2J\x07.png").write_text("no picture")
+    for line in (f"sketch {folder} {tmp_path}/s --size 32", f"sketch {folder}/none\x1b[2J {tmp_path}/t"):
+        with pytest.raises(SystemExit):
+            main(line.split(" "))
+    _, out, err = medsketch(f"train dcgan --data {folder} --out {tmp_path}/run --steps 1 {SMALL}")
+    assert not any(c in out + err for c in "\x1b\x07") and "bad\\x1b[2J\\x07.png" in err
+
+
+def test_whatever_happens_is_one_line(medsketch, photos, tmp_path, monkeypatch):
+    from medsketch.commands import data
+
+    for error in (
+        KeyError("x"),
+        ZeroDivisionError(),
+        AssertionError(),
+        MemoryError(),
+        ValueError(),
+        cv2.error("OpenCV(4.9) error: (-215)"),
+    ):
+        monkeypatch.setattr(data, "apart", lambda *_, e=error: (_ for _ in ()).throw(e))
+        status, _, err = medsketch(f"sketch {photos} {tmp_path}/x")
+        assert status == 1 and err.count("\n") == 1 and len(err) > len("medsketch: \n") + 5 and "OpenCV" not in err
+    monkeypatch.setattr(data, "apart", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    status, _, err = medsketch(f"sketch {photos} {tmp_path}/x")
+    assert status == 130 and "interrupted" in err
+
+
+def test_a_mistyped_run_is_not_looked_up(medsketch, tmp_path, monkeypatch):
+    from medsketch import pretrained
+
+    monkeypatch.setattr(pretrained, "_from_hub", lambda *_: pytest.fail("the Hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/skrgna", "./runs/x", "/no/where", "a/b/c", "~/x/nowhere", "runs/x.safetensors"):
+        status, _, err = medsketch(f"sample {name} --out x")
+        assert status == 1 and "does not exist" in err and err.count("\n") == 1
