@@ -1,4 +1,5 @@
 """Run the benchmarks named, or all of them: `python -m benchmarks models`."""
+
 import importlib
 import os
 import pkgutil
@@ -16,18 +17,23 @@ SHARED = ('common', '__main__', 'small_data')  # the last is an experiment, run 
 def main(wanted):
     names = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in SHARED)
     unknown = sorted(set(wanted) - set(names))
-    if unknown: sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(names)}")
+    if unknown:
+        sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(names)}")
     keep_memory()
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())))
     missed = 0
     for name in wanted or names:
-        peak = measure_peak()      # before each, since a shared machine's speed drifts
+        peak = measure_peak()  # before each, since a shared machine's speed drifts
         rows = importlib.import_module(f'benchmarks.{name}').rows(peak)
         peak = (peak + measure_peak()) / 2
-        print(f'\n{name}: peak {peak:.0f} GFLOP/s with {torch.get_num_threads()} threads; times scaled by {peak / REFERENCE:.2f}\n')
+        print(
+            f'\n{name}: peak {peak:.0f} GFLOP/s with {torch.get_num_threads()} threads; '
+            f'times scaled by {peak / REFERENCE:.2f}\n'
+        )
         print(table(rows, peak), flush=True)
         missed += sum(r.ok(peak) is False for r in rows)
     print(f"\n{missed} target{'s' * (missed != 1)} missed")
 
 
-if __name__ == '__main__': main(sys.argv[1:])
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,4 +1,5 @@
 "Data: how fast warm batches come, flips and turns included, on one core; and what the cache saves."
+
 import os
 import tempfile
 import time
@@ -33,12 +34,16 @@ def cold_and_warm():
     kept = os.environ.get('MEDSKETCH_CACHE')
     with tempfile.TemporaryDirectory() as d:
         photo = Image.fromarray(to_uint8(phantom('fundus', 1024, seed=0)['image']))
-        for i in range(16): photo.save(f'{d}/{i}.jpg', quality=95)
+        for i in range(16):
+            photo.save(f'{d}/{i}.jpg', quality=95)
         os.environ['MEDSKETCH_CACHE'] = f'{d}/.cache'
-        try: times = [timed_load(d) for _ in range(2)]
+        try:
+            times = [timed_load(d) for _ in range(2)]
         finally:
-            if kept is None: del os.environ['MEDSKETCH_CACHE']
-            else: os.environ['MEDSKETCH_CACHE'] = kept
+            if kept is None:
+                del os.environ['MEDSKETCH_CACHE']
+            else:
+                os.environ['MEDSKETCH_CACHE'] = kept
     return times
 
 
@@ -54,14 +59,34 @@ def rows(peak: float) -> list[Row]:
     keep_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: took = {(s, f): per_image(s, f) * peak / 500 for s in (128, 256) for f in (None, flip_rotate)}
-    finally: torch.set_num_threads(threads)
+    try:
+        took = {(s, f): per_image(s, f) * peak / 500 for s in (128, 256) for f in (None, flip_rotate)}
+    finally:
+        torch.set_num_threads(threads)
     cold, warm = cold_and_warm()
     return [
-        *(Row(f'batches of {BATCH} at {s} px{", flipped and turned" if f else ""}', 1 / t, 'images/s', None,
-              'one core, with mask and sketch') for (s, f), t in took.items()),
-        Row('one image of such a batch, 256 px', took[256, flip_rotate] * 1e3, 'ms', 8.,
-            'at most: a fifth of the 40 ms in which the fastest step renders one'),
-        Row('decode 16 photographs / read them from the cache', cold / max(warm, 1e-6), 'x', None,
-            f'{cold * 1e3:.0f} ms against {warm * 1e3:.1f} ms'),
+        *(
+            Row(
+                f'batches of {BATCH} at {s} px{", flipped and turned" if f else ""}',
+                1 / t,
+                'images/s',
+                None,
+                'one core, with mask and sketch',
+            )
+            for (s, f), t in took.items()
+        ),
+        Row(
+            'one image of such a batch, 256 px',
+            took[256, flip_rotate] * 1e3,
+            'ms',
+            8.0,
+            'at most: a fifth of the 40 ms in which the fastest step renders one',
+        ),
+        Row(
+            'decode 16 photographs / read them from the cache',
+            cold / max(warm, 1e-6),
+            'x',
+            None,
+            f'{cold * 1e3:.0f} ms against {warm * 1e3:.1f} ms',
+        ),
     ]

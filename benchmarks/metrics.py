@@ -1,4 +1,5 @@
 "Metrics: 200 real against 200 synthetic images of 256 px in RGB, distances of features, and memory of large sets."
+
 import time
 import tracemalloc
 from itertools import pairwise
@@ -16,7 +17,7 @@ from medsketch.evaluate.features import FeatureStats
 from medsketch.evaluate.metrics import ms_ssim, swd
 
 # Seconds at 500 GFLOP/s: the fastest public code measured, and half of the progressive GAN's 5.2 s for SWD.
-MS_SSIM_TARGET, SWD_TARGET, KID_TARGET = 3.2, 5.2 / 2, 1.
+MS_SSIM_TARGET, SWD_TARGET, KID_TARGET = 3.2, 5.2 / 2, 1.0
 COUNT, SIZE, DIM = 200, 256, 2048
 
 
@@ -46,7 +47,7 @@ def torch_ms_ssim(x, y):
 def plain_swd(real, fake, rng):
     """SWD the usual way, as in the progressive-GAN paper, pyramids by depthwise convolutions: whole batches, slices
     sorted along the first axis"""
-    row = torch.tensor([1, 4, 6, 4, 1.]) / 16
+    row = torch.tensor([1, 4, 6, 4, 1.0]) / 16
     kernel = torch.outer(row, row).expand(3, 1, 5, 5)
     blur = lambda x: F.conv2d(F.pad(x, (2, 2, 2, 2), mode='reflect'), kernel, groups=3)
     down = lambda x: blur(x)[:, :, ::2, ::2]
@@ -60,17 +61,23 @@ def plain_swd(real, fake, rng):
         out = []
         for batch in images.split(8):
             levels = [batch]
-            while levels[-1].shape[-1] > 16: levels.append(down(levels[-1]))
+            while levels[-1].shape[-1] > 16:
+                levels.append(down(levels[-1]))
             bands = [a - up(b) for a, b in pairwise(levels)] + levels[-1:]
             at = np.arange(7) - 3
             for i, band in enumerate(b.numpy() for b in bands):
                 n, side = np.repeat(np.arange(len(batch)), 128), band.shape[-1]
                 y, x = rng.integers(3, side - 3, (2, len(n)))
-                found = band[n[:, None, None, None], np.arange(3)[:, None, None], y[:, None, None, None] + at[:, None],
-                             x[:, None, None, None] + at]
-                out[i:i + 1] = [np.concatenate([*out[i:i + 1], found])]
-        return [((p - p.mean((0, 2, 3), keepdims=True)) / p.std((0, 2, 3), keepdims=True)).reshape(len(p), -1)
-                for p in out]
+                found = band[
+                    n[:, None, None, None],
+                    np.arange(3)[:, None, None],
+                    y[:, None, None, None] + at[:, None],
+                    x[:, None, None, None] + at,
+                ]
+                out[i : i + 1] = [np.concatenate([*out[i : i + 1], found])]
+        return [
+            ((p - p.mean((0, 2, 3), keepdims=True)) / p.std((0, 2, 3), keepdims=True)).reshape(len(p), -1) for p in out
+        ]
 
     a, b = (patches((v + 1) * 127.5) for v in (real, fake))
     for x, y in zip(a, b):
@@ -86,31 +93,48 @@ def images(real, fake):
     unit = (real + 1) / 2, (fake + 1) / 2
     ours, theirs = seconds(lambda: ms_ssim(real, fake)), seconds(lambda: torch_ms_ssim(*unit), 1)
     chunks = list(zip(unit[0].split(8), unit[1].split(8)))[:10]
-    library = seconds(lambda: [multiscale_structural_similarity_index_measure(a, b, data_range=1.) for a, b in chunks],
-                      1) * 2.5
+    library = (
+        seconds(lambda: [multiscale_structural_similarity_index_measure(a, b, data_range=1.0) for a, b in chunks], 1)
+        * 2.5
+    )
     own = seconds(lambda: swd(real, fake))
-    return [Row('ms_ssim', ours, 's', MS_SSIM_TARGET, note),
-            Row('ms_ssim, torch code', theirs / ours, 'x', 1, 'time of separable convolutions over ours', more=True),
-            Row('ms_ssim, torchmetrics', library / ours, 'x', 1, 'its time over ours', more=True),
-            Row('swd', own, 's', SWD_TARGET, note),
-            Row('swd, the usual way', seconds(lambda: plain_swd(real, fake, np.random.default_rng(0)), 1) / own, 'x', 2,
-                'time of the progressive-GAN pipeline, with quicker pyramids than its own, over ours', more=True)]
+    return [
+        Row('ms_ssim', ours, 's', MS_SSIM_TARGET, note),
+        Row('ms_ssim, torch code', theirs / ours, 'x', 1, 'time of separable convolutions over ours', more=True),
+        Row('ms_ssim, torchmetrics', library / ours, 'x', 1, 'its time over ours', more=True),
+        Row('swd', own, 's', SWD_TARGET, note),
+        Row(
+            'swd, the usual way',
+            seconds(lambda: plain_swd(real, fake, np.random.default_rng(0)), 1) / own,
+            'x',
+            2,
+            'time of the progressive-GAN pipeline, with quicker pyramids than its own, over ours',
+            more=True,
+        ),
+    ]
 
 
 def distances(g):
     "FID from statistics against torchmetrics, and KID of as many images as a subset has"
     basis = torch.randn(DIM, DIM, generator=g) * torch.logspace(0, -2, DIM)
-    real, fake = ((torch.randn(4000, DIM, generator=g) @ basis).relu() * s for s in (.02, .022))
+    real, fake = ((torch.randn(4000, DIM, generator=g) @ basis).relu() * s for s in (0.02, 0.022))
     stats = [FeatureStats().add(x) for x in (real, fake)]
     (m1, c1), (m2, c2) = ((s.mean, s.cov) for s in stats)
     theirs = []
     library = seconds(lambda: theirs.append(_compute_fid(m1, c1, m2, c2).item()), 1)
     ours = seconds(lambda: fid(*stats))
     assert abs(fid(*stats) / theirs[0] - 1) < 1e-4
-    return [Row('fid', ours, 's', None, f'{DIM} dimensions, from statistics'),
-            Row('fid, torchmetrics', library / ours, 'x', 2, 'its time over ours', more=True),
-            Row('kid', seconds(lambda: kid(real[:1000], fake[:1000])), 's', KID_TARGET,
-                f'1,000 images, {DIM} dimensions, 100 subsets')]
+    return [
+        Row('fid', ours, 's', None, f'{DIM} dimensions, from statistics'),
+        Row('fid, torchmetrics', library / ours, 'x', 2, 'its time over ours', more=True),
+        Row(
+            'kid',
+            seconds(lambda: kid(real[:1000], fake[:1000])),
+            's',
+            KID_TARGET,
+            f'1,000 images, {DIM} dimensions, 100 subsets',
+        ),
+    ]
 
 
 def memory(n):
@@ -127,8 +151,12 @@ def rows(peak: float) -> list[Row]:
     "Scores of images, of features, and memory"
     g = torch.Generator().manual_seed(0)
     real = torch.rand(COUNT, 3, SIZE, SIZE, generator=g) * 2 - 1
-    fake = (real + .1 * torch.randn(real.shape, generator=g)).clamp(-1, 1)
+    fake = (real + 0.1 * torch.randn(real.shape, generator=g)).clamp(-1, 1)
     out = images(real, fake) + distances(g)
     few, many = memory(1024), memory(4096)
-    return [*out, Row('swd memory, 4,096 over 1,024 images', many / few, 'times', 1.1,
-                      f'64 px, in a stream; {many / 1e6:.0f} MB')]
+    return [
+        *out,
+        Row(
+            'swd memory, 4,096 over 1,024 images', many / few, 'times', 1.1, f'64 px, in a stream; {many / 1e6:.0f} MB'
+        ),
+    ]

@@ -1,4 +1,5 @@
 "Phantoms: images a second at 128 px on one core, every kind."
+
 import time
 
 import cv2
@@ -13,7 +14,8 @@ def rate(kind):
     "Images a second of CPU time, OpenCV held to one thread"
     phantom(kind, 128, 0)
     start = time.process_time()
-    for seed in range(COUNT): phantom(kind, 128, seed)
+    for seed in range(COUNT):
+        phantom(kind, 128, seed)
     return COUNT / (time.process_time() - start)
 
 
@@ -22,7 +24,8 @@ def rows(peak: float) -> list[Row]:
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        return [Row(f'phantom {kind} 128 px', rate(kind), 'images/s', TARGET, 'one core', more=True)
-                for kind in PHANTOMS]
+        return [
+            Row(f'phantom {kind} 128 px', rate(kind), 'images/s', TARGET, 'one core', more=True) for kind in PHANTOMS
+        ]
     finally:
         cv2.setNumThreads(threads)

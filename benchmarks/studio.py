@@ -123,7 +123,7 @@ def rows(peak):
             'ms',
             80,
             f'{weights / 1e6:.1f} M parameters, {after:.2f} GB at most, '
-                f'{before:.2f} GB of them Python and its libraries',
+            f'{before:.2f} GB of them Python and its libraries',
         )
     ]
     for bf16 in (False, True):

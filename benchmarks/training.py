@@ -1,4 +1,5 @@
 "Training: what a SkrGAN step spends outside forward, backward and optimiser; whether memory grows over 1,000 steps."
+
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +20,22 @@ class Clock(Callback):
     "Wall time of the steps after the first few"
 
     def before_step(self, trainer):
-        if trainer.step == WARMUP: self.inside, self.start = 0., time.perf_counter()
+        if trainer.step == WARMUP:
+            self.inside, self.start = 0.0, time.perf_counter()
 
-    def after_fit(self, trainer): self.total = time.perf_counter() - self.start
+    def after_fit(self, trainer):
+        self.total = time.perf_counter() - self.start
 
 
 def timed(clock, fn):
     "`fn`, its time added to `clock.inside`"
+
     def wrapper(*args, **kwargs):
         start = time.perf_counter()
         out = fn(*args, **kwargs)
-        clock.inside = getattr(clock, 'inside', 0.) + time.perf_counter() - start
+        clock.inside = getattr(clock, 'inside', 0.0) + time.perf_counter() - start
         return out
+
     return wrapper
 
 
@@ -45,8 +50,17 @@ def share_outside(stage):
         setattr(cls, name, timed(clock, getattr(cls, name)))
     Trainer.__init__ = watched
     data = add_sketches(phantom_data('fundus', 16, 64), style='fundus')
-    r = SkrGAN(size=64, fmap_base=1024, ngf=16, ndf=16, receptive_field=34, batch_size=8,
-               batches={4: 1, 8: 1, 16: 1, 32: 1, 64: STEPS - 4}, render_steps=STEPS, joint_steps=STEPS)
+    r = SkrGAN(
+        size=64,
+        fmap_base=1024,
+        ngf=16,
+        ndf=16,
+        receptive_field=34,
+        batch_size=8,
+        batches={4: 1, 8: 1, 16: 1, 32: 1, 64: STEPS - 4},
+        render_steps=STEPS,
+        joint_steps=STEPS,
+    )
     r.fit(data, stages=[stage], progress=False)
     return 1 - clock.inside / clock.total, clock.total / (STEPS - WARMUP) * 1e3
 
@@ -62,7 +76,8 @@ def growth_of_memory():
 
     class Watch(Callback):
         def after_step(self, trainer):
-            if trainer.step in (100, 1000): seen[trainer.step] = resident()
+            if trainer.step in (100, 1000):
+                seen[trainer.step] = resident()
 
     init = Trainer.__init__
 
@@ -81,7 +96,7 @@ def rows(peak):
     for stage in ('sketch', 'render', 'joint'):
         share, ms = alone(share_outside, stage)
         note = f'64 px, batch 8, {ms:.0f} ms a step, flips and turns included'
-        out.append(Row(f'{stage} step, share outside forward, backward, optimiser', share, 'of the time', .1, note))
+        out.append(Row(f'{stage} step, share outside forward, backward, optimiser', share, 'of the time', 0.1, note))
     seen = alone(growth_of_memory)
     note = f'{seen[100]:.0f} MB, then {seen[1000]:.0f} MB'
     out.append(Row('memory after 1,000 steps over after 100', seen[1000] / seen[100], 'times', 1.02, note))

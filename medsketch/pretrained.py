@@ -105,7 +105,8 @@ PRETRAINED = dict(
         'Lesions are not drawn reliably, and the field of view is always round.'),
     chest_xray=Pretrained(
         _chest, LARGE | dict(channels=1, style='chest_xray', ngf=24, render_steps=1250, consistency=20.),
-        'COVID-19 Image Repository (Winther et al. 2020, Hannover Medical School; 75 films)', 'CC BY 3.0', 'chest X-ray',
+        'COVID-19 Image Repository (Winther et al. 2020, Hannover Medical School; 75 films)', 'CC BY 3.0',
+        'chest X-ray',
         LIMITS + 'Films of patients with COVID-19 in one hospital, many of them taken in bed: '
         'cables and hazy lungs are part of what it has learned.'),
     lung_ct=Pretrained(

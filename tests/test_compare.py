@@ -1,4 +1,5 @@
 "Comparing systems: one budget, killed and resumed, kept scores, and the table"
+
 import json
 import os
 import signal
@@ -18,10 +19,26 @@ from medsketch.evaluate.distances import Score
 from medsketch.evaluate.features import thumbnails
 from medsketch.evaluate.table import METRICS, Table, baseline_scores, score_images
 
-SMALL = {'ngf': 8, 'ndf': 8, 'batch_size': 4, 'latent_dim': 16, 'fmap_base': 64, 'fmap_max': 16,
-         'skrgan.receptive_field': 16, 'augment': 'flip'}
-BUDGET = {"steps": 6, "n": 12, "settings": SMALL, "features": 'thumbnails', "metrics": ('swd', 'fid'), "resamples": 4,
-          "progress": False, "say": lambda s: None}
+SMALL = {
+    'ngf': 8,
+    'ndf': 8,
+    'batch_size': 4,
+    'latent_dim': 16,
+    'fmap_base': 64,
+    'fmap_max': 16,
+    'skrgan.receptive_field': 16,
+    'augment': 'flip',
+}
+BUDGET = {
+    "steps": 6,
+    "n": 12,
+    "settings": SMALL,
+    "features": 'thumbnails',
+    "metrics": ('swd', 'fid'),
+    "resamples": 4,
+    "progress": False,
+    "say": lambda s: None,
+}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -32,38 +49,54 @@ def quiet():
 
 
 @pytest.fixture(scope='module')
-def eyes(): return phantom_data('fundus', 20, 32)
+def eyes():
+    return phantom_data('fundus', 20, 32)
 
 
 def test_all_systems_of_the_paper_under_one_budget(eyes, tmp_path):
     names = ['skrgan', 'dcgan', 'acgan', 'wgan', 'wgan_gp', 'pggan']
     table = compare(eyes, names, tmp_path, **BUDGET)
     assert list(table.rows) == names
-    assert all(np.isfinite(s.value) and s.n_fake == 12 for runs in table.rows.values() for scores in runs
-               for s in scores)
-    assert {p.name for p in tmp_path.iterdir()} == {'runs', 'baseline.json', 'table.txt', 'table.md', 'table.csv',
-                                                    'samples.png'}
+    assert all(
+        np.isfinite(s.value) and s.n_fake == 12 for runs in table.rows.values() for scores in runs for s in scores
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {
+        'runs',
+        'baseline.json',
+        'table.txt',
+        'table.md',
+        'table.csv',
+        'samples.png',
+    }
     assert 'parameters' in (tmp_path / 'table.txt').read_text()
 
 
 def test_the_budget_is_what_the_recipes_train_for(eyes):
-    total = {"skrgan": lambda r: r.growth.steps + r.config['render_steps'] + r.config['joint_steps'],
-             "dcgan": lambda r: r.steps, "pggan": lambda r: r.steps}
-    for name, steps in total.items(): assert 90 <= steps(make_recipe(name, eyes, 100, settings=SMALL)) <= 100
+    total = {
+        "skrgan": lambda r: r.growth.steps + r.config['render_steps'] + r.config['joint_steps'],
+        "dcgan": lambda r: r.steps,
+        "pggan": lambda r: r.steps,
+    }
+    for name, steps in total.items():
+        assert 90 <= steps(make_recipe(name, eyes, 100, settings=SMALL)) <= 100
 
 
 def test_killed_and_resumed_gives_the_table_of_an_uninterrupted_comparison(tmp_path):
-    code = ("import sys; from medsketch.data import phantom_data; from medsketch.evaluate.compare import compare; from "
-            "tests.test_compare import BUDGET;"
-            "compare(phantom_data('fundus', 20, 32), ['dcgan', 'wgan'], sys.argv[1], **BUDGET | dict(steps=40, "
-            "every=5))")
-    start = lambda out: subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(out)],
-                                         env=os.environ | {"OMP_NUM_THREADS": '1', "PYTHONPATH": os.getcwd()})
+    code = (
+        "import sys; from medsketch.data import phantom_data; from medsketch.evaluate.compare import compare; from "
+        "tests.test_compare import BUDGET;"
+        "compare(phantom_data('fundus', 20, 32), ['dcgan', 'wgan'], sys.argv[1], **BUDGET | dict(steps=40, "
+        "every=5))"
+    )
+    start = lambda out: subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-c', code, str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": '1', "PYTHONPATH": os.getcwd()},
+    )
     victim = start(tmp_path / 'killed')
     deadline = time.monotonic() + 120
     while not list((tmp_path / 'killed').glob('runs/*/gan/checkpoints/*.pt')):
         assert time.monotonic() < deadline and victim.poll() is None, 'it never got to a checkpoint'
-        time.sleep(.02)
+        time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert not (tmp_path / 'killed/table.csv').exists()
@@ -76,11 +109,11 @@ def test_scores_are_kept_only_for_what_they_were_computed_from(eyes, tmp_path):
     first = compare(eyes, ['dcgan'], tmp_path, **BUDGET)
     file = tmp_path / 'runs/dcgan-0/scores.json'
     found = json.loads(file.read_text())
-    found['scores'][0]['value'] = 123.
+    found['scores'][0]['value'] = 123.0
     file.write_text(json.dumps(found))
-    assert compare(eyes, ['dcgan'], tmp_path, **BUDGET).rows['dcgan'][0][0].value == 123.  # taken from the file
+    assert compare(eyes, ['dcgan'], tmp_path, **BUDGET).rows['dcgan'][0][0].value == 123.0  # taken from the file
     again = compare(eyes, ['dcgan'], tmp_path, **BUDGET | {"n": 13})
-    assert again.rows['dcgan'][0][0].n_fake == 13 and again.rows['dcgan'][0][0].value != 123.
+    assert again.rows['dcgan'][0][0].n_fake == 13 and again.rows['dcgan'][0][0].value != 123.0
     file.write_text('{ not json')
     assert compare(eyes, ['dcgan'], tmp_path, **BUDGET).csv() == first.csv()
 
@@ -88,7 +121,8 @@ def test_scores_are_kept_only_for_what_they_were_computed_from(eyes, tmp_path):
 def test_another_budget_in_the_same_folder_is_refused_and_nothing_is_lost(eyes, tmp_path):
     compare(eyes, ['dcgan'], tmp_path, **BUDGET)
     before = (tmp_path / 'table.csv').read_bytes()
-    with pytest.raises(ValueError, match='another config'): compare(eyes, ['dcgan'], tmp_path, **BUDGET | {"steps": 8})
+    with pytest.raises(ValueError, match='another config'):
+        compare(eyes, ['dcgan'], tmp_path, **BUDGET | {"steps": 8})
     with pytest.raises(ValueError, match='another data'):
         compare(phantom_data('fundus', 20, 32, seed=1), ['dcgan'], tmp_path, **BUDGET)
     assert (tmp_path / 'table.csv').read_bytes() == before
@@ -109,16 +143,20 @@ def test_grey_images_several_contrasts_and_moco(tmp_path):
         compare(brains, ['dcgan'], tmp_path, **BUDGET | {"reference": phantom_data('fundus', 8, 32)})
 
 
-@pytest.mark.parametrize(('change', 'message'), {
-    'unknown recipe': ({"recipes": ['gan']}, 'no recipe is called'),
-                                                 'no recipe': ({"recipes": []}, 'at least one recipe'),
-                                                 'no seed': ({"seeds": ()}, 'one seed'),
-    'few samples': ({"n": 3}, 'at least 12'), 'unknown score': ({"metrics": ['beauty']}, 'no score is called'),
-                                                 'no segmenter': ({"metrics": ['continuity']}, 'segmenter'),
-    'unknown features': ({"features": 'eyes'}, 'no features are called'), 'no steps': ({"steps": 0}, 'at least'),
-                                                 'argument of nobody': ({"settings": {'dcgan.beauty': 1}},
-                                                                        'no argument'),
-}.values())
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    {
+        'unknown recipe': ({"recipes": ['gan']}, 'no recipe is called'),
+        'no recipe': ({"recipes": []}, 'at least one recipe'),
+        'no seed': ({"seeds": ()}, 'one seed'),
+        'few samples': ({"n": 3}, 'at least 12'),
+        'unknown score': ({"metrics": ['beauty']}, 'no score is called'),
+        'no segmenter': ({"metrics": ['continuity']}, 'segmenter'),
+        'unknown features': ({"features": 'eyes'}, 'no features are called'),
+        'no steps': ({"steps": 0}, 'at least'),
+        'argument of nobody': ({"settings": {'dcgan.beauty': 1}}, 'no argument'),
+    }.values(),
+)
 def test_mistakes_are_said_before_anything_is_trained(eyes, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         compare(**{"data": eyes, "recipes": ['dcgan'], "out": tmp_path} | BUDGET | change)
@@ -127,30 +165,38 @@ def test_mistakes_are_said_before_anything_is_trained(eyes, tmp_path, change, me
 
 class Copyist:
     "Knows the face of a recipe and gives back the images it was trained on"
+
     name, nets, config = 'copyist', {}, {'seed': 0}
-    def fit(self, data, out, **kwargs): self.data = data
-    def sample(self, n, seed=0): return {'image': self.data.batch(range(n))['image']}
+
+    def fit(self, data, out, **kwargs):
+        self.data = data
+
+    def sample(self, n, seed=0):
+        return {'image': self.data.batch(range(n))['image']}
 
 
 def test_copies_are_counted_against_the_images_trained_on(eyes, tmp_path):
     "Not against the reference, where a copyist would pass for honest"
     budget = BUDGET | {'metrics': ('copies',), 'reference': phantom_data('fundus', 20, 32, seed=9)}
     [[found]] = compare(eyes, {'mine': Copyist()}, tmp_path, **budget).rows['mine']
-    assert found.value == 1. and found.n_fake == 12
+    assert found.value == 1.0 and found.n_fake == 12
 
 
 def test_a_comparison_knows_recipes_by_their_face(eyes, tmp_path):
     "Classes, a lookup or names: the same recipe; and whoever passes classes needs none of ours"
     from medsketch.recipes import DCGAN
+
     a = compare(eyes, ['dcgan'], tmp_path / 'a', **BUDGET)
     b = compare(eyes, {'dcgan': DCGAN}, tmp_path / 'b', **BUDGET)
     c = compare(eyes, ['some'], tmp_path / 'c', lookup={'some': DCGAN}.__getitem__, **BUDGET)
     first = lambda t, name: [s.value for s in t.rows[name][0]]
     assert first(a, 'dcgan') == first(b, 'dcgan') == first(c, 'some')
-    code = ("import sys, medsketch.evaluate.compare; "
-            "print([m for m in sys.modules if m.startswith('medsketch.recipes')])")
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                          check=True).stdout.strip() == '[]'
+    code = (
+        "import sys, medsketch.evaluate.compare; print([m for m in sys.modules if m.startswith('medsketch.recipes')])"
+    )
+    assert (
+        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    )
 
 
 def test_too_few_images(tmp_path):
@@ -159,22 +205,27 @@ def test_too_few_images(tmp_path):
 
 
 def test_settings_reach_those_who_know_them():
-    assert settings_for('skrgan', {'ngf': 8, 'skrgan.ngf': 16, 'clip': .1}) == {"ngf": 16}
+    assert settings_for('skrgan', {'ngf': 8, 'skrgan.ngf': 16, 'clip': 0.1}) == {"ngf": 16}
 
 
-def score(name='SWD × 10³ ↓', value=1., **kw): return Score(value, name, 'x', 10, 10, **kw)
+def score(name='SWD × 10³ ↓', value=1.0, **kw):
+    return Score(value, name, 'x', 10, 10, **kw)
 
 
 def test_best_of_a_line_follows_the_arrow():
-    t = Table({"a": [[score(value=1.), score('MS-SSIM ↑', .1), score('density (1 is best)', 1.)]],
-               "b": [[score(value=2.), score('MS-SSIM ↑', .2), score('density (1 is best)', 3.)]]})
+    t = Table(
+        {
+            "a": [[score(value=1.0), score('MS-SSIM ↑', 0.1), score('density (1 is best)', 1.0)]],
+            "b": [[score(value=2.0), score('MS-SSIM ↑', 0.2), score('density (1 is best)', 3.0)]],
+        }
+    )
     assert [t.best(n) for n in t.names] == ['a', 'b', None]
     assert Table({"a": [[score()]], "b": [[score()]]}).best('SWD × 10³ ↓') is None
 
 
 def test_a_line_of_two_extractors_is_an_error():
     with pytest.raises(ValueError, match='different extractors'):
-        Table({"a": [[score()]], "b": [[Score(1., 'SWD × 10³ ↓', 'y', 10, 10)]]})
+        Table({"a": [[score()]], "b": [[Score(1.0, 'SWD × 10³ ↓', 'y', 10, 10)]]})
     with pytest.raises(ValueError, match='different versions'):
         Table({"a": [[score()]], "b": [[score(version='medsketch 0')]]})
 
@@ -187,9 +238,10 @@ def test_a_system_without_a_score_leaves_a_gap():
 
 def test_identical_sets_and_copies(eyes):
     real = eyes.batch(range(20))['image']
-    found = {s.name: s.value for s in score_images(real, real, ('fid', 'copies'), thumbnails(), train=eyes,
-                                                   resamples=0)}
-    assert found['FID ↓'] < 1e-6 and found[METRICS['copies']] == 1.
+    found = {
+        s.name: s.value for s in score_images(real, real, ('fid', 'copies'), thumbnails(), train=eyes, resamples=0)
+    }
+    assert found['FID ↓'] < 1e-6 and found[METRICS['copies']] == 1.0
 
 
 def test_halves_of_the_real_images_share_nobody():
@@ -207,7 +259,8 @@ def test_nan_and_mixed_sizes_are_refused(eyes):
     bad = real.clone()
     bad[3, 0, 4, 4] = torch.nan
     for m in ('swd', 'ms_ssim', 'fid'):
-        with pytest.raises(ValueError, match='NaN'): score_images(real, bad, (m,), thumbnails(), resamples=0)
+        with pytest.raises(ValueError, match='NaN'):
+            score_images(real, bad, (m,), thumbnails(), resamples=0)
         with pytest.raises(ValueError, match='size'):
             score_images(real, real[..., :16, :16], (m,), thumbnails(4), resamples=0)
 
@@ -217,5 +270,6 @@ def test_the_baseline_of_a_folder_sorted_by_class_has_both_classes(monkeypatch):
     ds, seen = ImageData(np.broadcast_to(sick[:, None, None, None], (120, 1, 16, 16)).copy()), []
     monkeypatch.setattr(table, 'score_images', lambda a, b, *args, **kwargs: seen.extend((a, b)) or [])
     baseline_scores(ds, ('swd',), most=20)
-    for half in seen: assert len(half) == 20 and 3 < (half.images[:, 0, 0, 0] == 255).sum() < 17
+    for half in seen:
+        assert len(half) == 20 and 3 < (half.images[:, 0, 0, 0] == 255).sum() < 17
     assert not set(seen[0].subjects) & set(seen[1].subjects)

@@ -1,4 +1,5 @@
 "Core: random streams that differ, the scale, labels on pictures, and an import without plotting"
+
 import io
 import itertools
 import subprocess
@@ -9,14 +10,32 @@ import pytest
 import torch
 from PIL import Image
 
-import medsketch.core as core
+from medsketch import core
 from medsketch.core import SCALES, add_labels, by_scale, enlarge, grid, markdown_table, scale, show_images, torch_rng
 
-NUMBERS = (0, 1, 2, 5, 7, -1, -5, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**63 - 1, 2**63, 2**63 + 5, 2**64, -2**63,
-           10**40)
+NUMBERS = (
+    0,
+    1,
+    2,
+    5,
+    7,
+    -1,
+    -5,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**32 + 7,
+    2**63 - 1,
+    2**63,
+    2**63 + 5,
+    2**64,
+    -(2**63),
+    10**40,
+)
 
 
-def draws(seeds): return tuple(torch.randn(4, generator=torch_rng(*seeds)).tolist())
+def draws(seeds):
+    return tuple(torch.randn(4, generator=torch_rng(*seeds)).tolist())
 
 
 @pytest.mark.parametrize('length', [1, 2, 3])
@@ -25,15 +44,19 @@ def test_different_tuples_have_different_seeds(length):
     assert len({torch_rng(*t).initial_seed() for t in family}) == len(family)
 
 
-@pytest.mark.parametrize('family', [
-    [(5,) + (0,) * k for k in range(8)], # zeros at the end
-    [(0,) * k for k in range(8)], # zeros alone
-    [(s + k * 2**32,) for s in range(4) for k in range(8)] + [(s, k) for s in range(4) for k in range(8)], # one or two
-    [(s,) for s in range(-50, 50)], # signs
-    [(5 + k * 2**63,) for k in range(-4, 5)], # beyond 64 bits
-    [(a, b) for a in range(20) for b in range(20)], # order
-    [(1, 23), (12, 3), (1, 2, 3), (123,)], # digits
-])
+@pytest.mark.parametrize(
+    'family',
+    [
+        [(5,) + (0,) * k for k in range(8)],  # zeros at the end
+        [(0,) * k for k in range(8)],  # zeros alone
+        [(s + k * 2**32,) for s in range(4) for k in range(8)]
+        + [(s, k) for s in range(4) for k in range(8)],  # one or two
+        [(s,) for s in range(-50, 50)],  # signs
+        [(5 + k * 2**63,) for k in range(-4, 5)],  # beyond 64 bits
+        [(a, b) for a in range(20) for b in range(20)],  # order
+        [(1, 23), (12, 3), (1, 2, 3), (123,)],  # digits
+    ],
+)
 def test_different_tuples_draw_different_numbers(family):
     assert len({draws(t) for t in family}) == len(set(family))
 
@@ -41,7 +64,8 @@ def test_different_tuples_draw_different_numbers(family):
 def test_streams_repeat_and_take_any_kind_of_integer():
     assert draws((7, 1234)) == draws((7, 1234))
     assert draws((np.int64(7), np.uint8(3))) == draws((7, 3))
-    with pytest.raises(TypeError): torch_rng(1.5)
+    with pytest.raises(TypeError):
+        torch_rng(1.5)
 
 
 @pytest.mark.parametrize('seed', [0, 1, 42, 2**31, 2**32 - 1])
@@ -66,14 +90,17 @@ def test_the_scale_has_four_names(monkeypatch):
         monkeypatch.setenv('MEDSKETCH_SCALE', name)
         assert scale() == name
         found[name] = by_scale(1, 2, 3), by_scale(1, 2, 3, 4), by_scale(tour=1, cpu=0, gpu=2, paper=3)
-    assert found == dict(tour=(1, 1, 1), cpu=(1, 4, 0), gpu=(2, 2, 2), paper=(3, 3, 3))
+    assert found == {"tour": (1, 1, 1), "cpu": (1, 4, 0), "gpu": (2, 2, 2), "paper": (3, 3, 3)}
     monkeypatch.setenv('MEDSKETCH_SCALE', 'huge')
-    with pytest.raises(ValueError, match='tour, cpu, gpu, paper'): scale()
+    with pytest.raises(ValueError, match='tour, cpu, gpu, paper'):
+        scale()
 
 
 def test_nothing_that_plots_is_imported():
-    code = ("import sys, medsketch.core, medsketch.phantoms, medsketch.sketch\n"
-            "bad = {'matplotlib', 'kornia', 'IPython'} & set(sys.modules)\nassert not bad, bad")
+    code = (
+        "import sys, medsketch.core, medsketch.phantoms, medsketch.sketch\n"
+        "bad = {'matplotlib', 'kornia', 'IPython'} & set(sys.modules)\nassert not bad, bad"
+    )
     done = subprocess.run([sys.executable, '-c', code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -81,7 +108,7 @@ def test_nothing_that_plots_is_imported():
 @pytest.mark.parametrize('width', [3, 64, 526, 774, 799, 800, 1000, 3000])
 def test_enlarged_to_a_width(width):
     out = enlarge(np.random.default_rng(0).integers(0, 256, (10, width, 3), np.uint8))
-    assert 800 <= out.shape[1] <= 1120 and abs(out.shape[0] / out.shape[1] * width / 10 - 1) < .2
+    assert 800 <= out.shape[1] <= 1120 and abs(out.shape[0] / out.shape[1] * width / 10 - 1) < 0.2
 
 
 def test_labels_stand_beside_their_rows_and_columns():
@@ -91,7 +118,7 @@ def test_labels_stand_beside_their_rows_and_columns():
     assert left > 0 and top > 16
     ink = out.min(-1) < 128
     assert not ink[:top, :left].any() and not ink[top:, left:].any()
-    assert ink[top + 100:, :left].any() and not ink[top:top + 100, :left].any()
+    assert ink[top + 100 :, :left].any() and not ink[top : top + 100, :left].any()
     middle = ink[:top, left:].any(0).nonzero()[0]
     assert 133 <= middle.min() and middle.max() < 267
     assert (add_labels(tiles) == tiles).all()
@@ -101,6 +128,7 @@ def test_labels_stand_beside_their_rows_and_columns():
 def shown(monkeypatch, *args, **kwargs):
     "What a notebook gets"
     import IPython.display as ipd
+
     out = []
     monkeypatch.setattr(core, 'IN_NOTEBOOK', True)
     monkeypatch.setattr(ipd, 'display', out.append)
@@ -115,11 +143,12 @@ def test_a_page_gets_a_wide_picture_with_labels(monkeypatch):
     assert bare.shape[1] >= 800 and full.shape[0] > bare.shape[0] + 30 and full.shape[1] > bare.shape[1] + 60
     small, pixels = shown(monkeypatch, grid(batch), width=4)
     assert small.width == 400 and pixels.shape[1] >= 800
-    with pytest.raises(ValueError, match='nothing to show'): show_images([])
+    with pytest.raises(ValueError, match='nothing to show'):
+        show_images([])
 
 
 def test_a_sketch_is_shown_without_loss(monkeypatch):
-    sketch = (torch.rand(1, 1, 16, 16, generator=torch_rng(0)) < .2).float()
+    sketch = (torch.rand(1, 1, 16, 16, generator=torch_rng(0)) < 0.2).float()
     _, pixels = shown(monkeypatch, sketch, kind='sketch')
     assert set(np.unique(pixels)) == {0, 255}
 

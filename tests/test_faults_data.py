@@ -1,4 +1,5 @@
 "What strangers' files do to reading: every kind of fault makes its own input here, and the right value is asserted."
+
 import gzip
 import json
 import os
@@ -34,7 +35,7 @@ from medsketch.data.readers import (
 
 S = 32
 YY, XX = np.mgrid[:S, :S]
-DISC = (YY - 14)**2 + (XX - 18)**2 < 80
+DISC = (YY - 14) ** 2 + (XX - 18) ** 2 < 80
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(20, 200, (S, S), np.uint8)
 
@@ -67,7 +68,8 @@ pydicom = pytest.importorskip('pydicom')
 def item(**tags):
     "A data set with these elements; dictionaries become sequences of one item"
     ds = pydicom.dataset.Dataset()
-    for k, v in tags.items(): setattr(ds, k, pydicom.sequence.Sequence([item(**v)]) if isinstance(v, dict) else v)
+    for k, v in tags.items():
+        setattr(ds, k, pydicom.sequence.Sequence([item(**v)]) if isinstance(v, dict) else v)
     return ds
 
 
@@ -76,42 +78,64 @@ def dicom(path, a, syntax=pydicom.uid.ExplicitVRLittleEndian, bits=None, **tags)
     path.parent.mkdir(parents=True, exist_ok=True)
     colour, ds = a.shape[-1] == 3, pydicom.dataset.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
-    meta = {'TransferSyntaxUID': syntax, 'MediaStorageSOPInstanceUID': '1.2.3',
-            'MediaStorageSOPClassUID': '1.2.840.10008.5.1.4.1.1.7'}
-    for k, v in meta.items(): setattr(ds.file_meta, k, v)
-    if a.ndim == 3 + colour: ds.NumberOfFrames = len(a)
+    meta = {
+        'TransferSyntaxUID': syntax,
+        'MediaStorageSOPInstanceUID': '1.2.3',
+        'MediaStorageSOPClassUID': '1.2.840.10008.5.1.4.1.1.7',
+    }
+    for k, v in meta.items():
+        setattr(ds.file_meta, k, v)
+    if a.ndim == 3 + colour:
+        ds.NumberOfFrames = len(a)
     ds.Rows, ds.Columns = a.shape[-3:-1] if colour else a.shape[-2:]
     each = a.dtype.itemsize * 8
-    ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit = 3 if colour else 1, each, bits or each, (bits
-            or each) - 1
+    ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit = (
+        3 if colour else 1,
+        each,
+        bits or each,
+        (bits or each) - 1,
+    )
     ds.PixelRepresentation, ds.PhotometricInterpretation = int(a.dtype.kind == 'i'), 'RGB' if colour else 'MONOCHROME2'
-    if colour: ds.PlanarConfiguration = 0
+    if colour:
+        ds.PlanarConfiguration = 0
     ds.PixelData = a.tobytes()
-    for k, v in tags.items(): setattr(ds, k, v)
+    for k, v in tags.items():
+        setattr(ds, k, v)
     ds.save_as(path, enforce_file_format=True)
     return path
 
 
-SLICES = [np.round(NOISE * k).astype('<u2') for k in (1, .7, .4)]
+SLICES = [np.round(NOISE * k).astype('<u2') for k in (1, 0.7, 0.4)]
 
 
 @pytest.mark.parametrize('where', ['shared', 'frame', 'top'])
 @pytest.mark.parametrize('what', ['window', 'slope'])
 def test_enhanced_files_read_like_their_classic_twins(tmp_path, where, what):
     "Rescale and window from the shared groups, from each frame's own, or from the top"
+
     def tags(i):
         if what == 'window':
-            return {'FrameVOILUTSequence': {'WindowCenter': 60 + 20 * i, 'WindowWidth': 100}}, {'WindowCenter': 60
-                    + 20 * i, 'WindowWidth': 100}
-        return ({'PixelValueTransformationSequence': {'RescaleSlope': 1 + i, 'RescaleIntercept': -10 * i},
-                 'FrameVOILUTSequence': {'WindowCenter': 90, 'WindowWidth': 180}},
-                {'RescaleSlope': 1 + i, 'RescaleIntercept': -10 * i, 'WindowCenter': 90, 'WindowWidth': 180})
+            return {'FrameVOILUTSequence': {'WindowCenter': 60 + 20 * i, 'WindowWidth': 100}}, {
+                'WindowCenter': 60 + 20 * i,
+                'WindowWidth': 100,
+            }
+        return (
+            {
+                'PixelValueTransformationSequence': {'RescaleSlope': 1 + i, 'RescaleIntercept': -10 * i},
+                'FrameVOILUTSequence': {'WindowCenter': 90, 'WindowWidth': 180},
+            },
+            {'RescaleSlope': 1 + i, 'RescaleIntercept': -10 * i, 'WindowCenter': 90, 'WindowWidth': 180},
+        )
+
     numbers = range(3) if where == 'frame' else [1] * 3
     twins = [read_dicom(dicom(tmp_path / f'{i}.dcm', SLICES[i], **tags(k)[1]))[0] for i, k in enumerate(numbers)]
-    extra = {'shared': {'SharedFunctionalGroupsSequence': pydicom.sequence.Sequence([item(**tags(1)[0])])},
-             'frame': {'PerFrameFunctionalGroupsSequence': pydicom.sequence.Sequence([item(**tags(i)[0])
-                                                                                      for i in range(3)])},
-             'top': tags(1)[1]}[where]
+    extra = {
+        'shared': {'SharedFunctionalGroupsSequence': pydicom.sequence.Sequence([item(**tags(1)[0])])},
+        'frame': {
+            'PerFrameFunctionalGroupsSequence': pydicom.sequence.Sequence([item(**tags(i)[0]) for i in range(3)])
+        },
+        'top': tags(1)[1],
+    }[where]
     got = read_dicom(dicom(tmp_path / 'e.dcm', np.stack(SLICES), **extra))
     assert len(got) == 3 and all((g == t).all() for g, t in zip(got, twins))
 
@@ -122,11 +146,16 @@ def test_frames_come_in_the_order_of_their_positions(tmp_path, normal):
     at = lambda z: [0, 0, z] if normal == 'axial' else [z, 0, 0]
     each = [item(PlanePositionSequence={'ImagePositionPatient': at(z)}) for z in (5, -5, 0)]
     shared = item(PlaneOrientationSequence={'ImageOrientationPatient': plane})
-    kw = {'SharedFunctionalGroupsSequence': pydicom.sequence.Sequence([shared]),
-          'PerFrameFunctionalGroupsSequence': pydicom.sequence.Sequence(each), 'WindowCenter': 100, 'WindowWidth': 200}
+    kw = {
+        'SharedFunctionalGroupsSequence': pydicom.sequence.Sequence([shared]),
+        'PerFrameFunctionalGroupsSequence': pydicom.sequence.Sequence(each),
+        'WindowCenter': 100,
+        'WindowWidth': 200,
+    }
     got = read_dicom(dicom(tmp_path / 'e.dcm', np.stack(SLICES), **kw))
-    want = read_dicom(dicom(tmp_path / 'p.dcm', np.stack([SLICES[i] for i in (1, 2, 0)]), WindowCenter=100,
-                            WindowWidth=200))
+    want = read_dicom(
+        dicom(tmp_path / 'p.dcm', np.stack([SLICES[i] for i in (1, 2, 0)]), WindowCenter=100, WindowWidth=200)
+    )
     assert all((g == w).all() for g, w in zip(got, want))
 
 
@@ -144,7 +173,7 @@ def test_deep_colour_is_scaled_by_the_bits_that_are_used(tmp_path, bits):
 def test_deep_colour_of_a_folder_shares_its_bits(tmp_path):
     for i, top in enumerate((4095, 1000)):
         cv2.imwrite(str(tmp_path / f'{i}.png'), np.full((S, S, 3), (top, 9, 9), np.uint16))
-    assert load(tmp_path).images[:, 2, 5, 5].tolist() == [255, 62]       # BGR on disk
+    assert load(tmp_path).images[:, 2, 5, 5].tolist() == [255, 62]  # BGR on disk
 
 
 def test_deep_transparency_and_orientation(tmp_path):
@@ -160,36 +189,48 @@ def test_deep_transparency_and_orientation(tmp_path):
 @pytest.mark.parametrize('photometric', ['MONOCHROME2', 'MONOCHROME1'])
 def test_padding_is_black_and_takes_no_part(tmp_path, kind, value, photometric):
     a = NOISE.astype(f'<{kind}2')
-    plain, = read_dicom(dicom(tmp_path / 'a.dcm', np.where(DISC, a, a[DISC].max()).astype(a.dtype),
-                              PhotometricInterpretation=photometric))
+    (plain,) = read_dicom(
+        dicom(
+            tmp_path / 'a.dcm', np.where(DISC, a, a[DISC].max()).astype(a.dtype), PhotometricInterpretation=photometric
+        )
+    )
     padded = np.where(DISC, a, np.array(value).astype(a.dtype))
     pad = int(np.array(value).astype(a.dtype)) if value < 0 or kind == 'u' else -2000
-    got, = read_dicom(dicom(tmp_path / 'b.dcm', padded, PhotometricInterpretation=photometric, PixelPaddingValue=pad))
+    (got,) = read_dicom(dicom(tmp_path / 'b.dcm', padded, PhotometricInterpretation=photometric, PixelPaddingValue=pad))
     assert not got[~DISC].any() and np.ptp(got[DISC]) > 240 and np.abs(got[DISC].astype(int) - plain[DISC]).mean() < 6
 
 
 def test_a_padding_range(tmp_path):
     a = np.where(DISC, NOISE, 5000 + NOISE.astype(int)).astype('<u2')
-    got, = read_dicom(dicom(tmp_path / 'a.dcm', a, PixelPaddingValue=5300, PixelPaddingRangeLimit=5000))
+    (got,) = read_dicom(dicom(tmp_path / 'a.dcm', a, PixelPaddingValue=5300, PixelPaddingRangeLimit=5000))
     assert not got[~DISC].any() and np.ptp(got[DISC]) > 240
 
 
 def test_a_series_without_a_window_has_one_scale(tmp_path):
-    for i, a in enumerate(SLICES): dicom(tmp_path / f'd/{i}.dcm', a * 8, SeriesInstanceUID='1.2.7', PatientID='x')
+    for i, a in enumerate(SLICES):
+        dicom(tmp_path / f'd/{i}.dcm', a * 8, SeriesInstanceUID='1.2.7', PatientID='x')
     dicom(tmp_path / 'd/other.dcm', SLICES[2] * 8, SeriesInstanceUID='1.2.8', PatientID='x')
     means = load(tmp_path / 'd').images.reshape(4, -1).mean(1)
-    assert means[1] < .85 * means[0] and means[2] < .6 * means[0] and means[3] > .8 * means[0]
+    assert means[1] < 0.85 * means[0] and means[2] < 0.6 * means[0] and means[3] > 0.8 * means[0]
 
 
-NAMES = {'IM000017': 128, '1.2.840.113619.2.55.3.0': 128, 'X.MR.0000.IMA': 128, 'i0.CTDC.0': 128, 'S0.DCM': 128,
-         'raw.17': 0, 'plain.dcm': 0}
+NAMES = {
+    'IM000017': 128,
+    '1.2.840.113619.2.55.3.0': 128,
+    'X.MR.0000.IMA': 128,
+    'i0.CTDC.0': 128,
+    'S0.DCM': 128,
+    'raw.17': 0,
+    'plain.dcm': 0,
+}
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_dicom_is_found_by_its_content(tmp_path, name):
     path = dicom(tmp_path / 'd' / name, SLICES[0], WindowCenter=100, WindowWidth=200, PatientID='p')
     want = read_dicom(path)[0]
-    if not NAMES[name]: path.write_bytes(path.read_bytes()[132:])          # without preamble
+    if not NAMES[name]:
+        path.write_bytes(path.read_bytes()[132:])  # without preamble
     (tmp_path / 'd/notes.17').write_text('1.2.840.10008 is a number\n' * 20)
     (tmp_path / 'd/data.bin').write_bytes(b'\x08\0' + bytes(range(256)))
     ds = load(tmp_path / 'd')
@@ -197,14 +238,26 @@ def test_dicom_is_found_by_its_content(tmp_path, name):
 
 
 def test_subjects_fall_back_to_study_and_series(tmp_path):
-    who = [{'PatientID': 'a', 'StudyInstanceUID': '1.1'}, {'PatientID': 'a', 'StudyInstanceUID': '1.2'},
-           {'PatientID': '', 'StudyInstanceUID': '1.3'},
-           {'StudyInstanceUID': '1.3', 'SeriesInstanceUID': '1.4'}, {'SeriesInstanceUID': '1.5'},
-           {'SeriesInstanceUID': '1.5'}, {}]
-    for i, tags in enumerate(who): dicom(tmp_path / f'd/{i}.dcm', SLICES[0], **tags)
+    who = [
+        {'PatientID': 'a', 'StudyInstanceUID': '1.1'},
+        {'PatientID': 'a', 'StudyInstanceUID': '1.2'},
+        {'PatientID': '', 'StudyInstanceUID': '1.3'},
+        {'StudyInstanceUID': '1.3', 'SeriesInstanceUID': '1.4'},
+        {'SeriesInstanceUID': '1.5'},
+        {'SeriesInstanceUID': '1.5'},
+        {},
+    ]
+    for i, tags in enumerate(who):
+        dicom(tmp_path / f'd/{i}.dcm', SLICES[0], **tags)
     s = load(tmp_path / 'd').subjects
-    assert s[0] == s[1] and s[2] == s[3] and s[4] == s[5] and s[6] == '6' and len(set(s)) == 4 and all(len(x) == 12
-                                                                                                       for x in s[:6])
+    assert (
+        s[0] == s[1]
+        and s[2] == s[3]
+        and s[4] == s[5]
+        and s[6] == '6'
+        and len(set(s)) == 4
+        and all(len(x) == 12 for x in s[:6])
+    )
 
 
 # NIfTI
@@ -224,8 +277,8 @@ def test_what_is_no_number_is_the_low_end(tmp_path, window):
     v[8:24, 8:24] = 40
     v[:4], v[4:6] = np.nan, -np.inf
     got = read_nifti(nifti(tmp_path / 'a.nii.gz', v), window=window)[0]
-    assert not got[:, -6:].any() and got[16, 16] in (128, 255)             # x runs to the left of the page
-    assert to_eight_bits(np.array([np.nan, 40.]), (40, 400)).tolist() == [0, 128]
+    assert not got[:, -6:].any() and got[16, 16] in (128, 255)  # x runs to the left of the page
+    assert to_eight_bits(np.array([np.nan, 40.0]), (40, 400)).tolist() == [0, 128]
 
 
 @pytest.mark.parametrize('contrasts', [2, 3, 5, 9])
@@ -237,27 +290,31 @@ def test_contrasts_are_contrasts(tmp_path, contrasts, size):
     assert ds.images.shape == (3, contrasts, size, size) and load(tmp_path / 'a.nii.gz', size, channels=1).channels == 1
     # the first, not a mean of colours
     assert (load(tmp_path / 'a.nii.gz', size, channels=1).images[:, 0] == ds.images[:, 0]).all()
-    assert ds.images[0].any(0).mean() < .7                                # letterboxed, not cropped like a photograph
+    assert ds.images[0].any(0).mean() < 0.7  # letterboxed, not cropped like a photograph
     assert image_to_square(np.zeros((48, 40, contrasts), np.uint8), size).shape == (size, size, contrasts)
 
 
 @pytest.mark.parametrize('shape', [(S, S), (S, S, 1), (S, S, 3, 1), (S, S, 3, 1, 2)])
 def test_dimensions_of_length_one(tmp_path, shape):
     got = read_nifti(nifti(tmp_path / 'a.nii', RNG.random(shape).astype(np.float32)))
-    assert len(got) == (shape[2] if len(shape) > 2 else 1) and got[0].shape == ((S, S, 2) if len(shape) == 5
-                                                                                else (S, S))
+    assert len(got) == (shape[2] if len(shape) > 2 else 1) and got[0].shape == (
+        (S, S, 2) if len(shape) == 5 else (S, S)
+    )
 
 
 def test_z_scores_per_volume_over_the_brain(tmp_path):
     brain = np.zeros((S, S, 4), np.float32)
     brain[6:26, 6:26] = RNG.normal(5, 1, (20, 20, 4))
-    for i, scale in enumerate((1, 300)): nifti(tmp_path / f'd/p{i}.nii.gz', brain * scale)
+    for i, scale in enumerate((1, 300)):
+        nifti(tmp_path / f'd/p{i}.nii.gz', brain * scale)
     ds = load(tmp_path / 'd', normalise='zscore')
     inside = ds.images[:, 0] > -1
     assert ds.images.dtype == np.float32 and ds.kinds['image'] == 'picture'
-    assert inside.mean() == pytest.approx(400 / S**2, abs=.01)
-    assert abs(ds.images[:, 0][inside].mean()) < .01 and 5 * ds.images[:, 0][inside].std() == pytest.approx(1, abs=.02)
-    assert np.abs(ds.images[:4] - ds.images[4:]).max() < 1e-5              # no trace of the scanner's scale
+    assert inside.mean() == pytest.approx(400 / S**2, abs=0.01)
+    assert abs(ds.images[:, 0][inside].mean()) < 0.01 and 5 * ds.images[:, 0][inside].std() == pytest.approx(
+        1, abs=0.02
+    )
+    assert np.abs(ds.images[:4] - ds.images[4:]).max() < 1e-5  # no trace of the scanner's scale
     disk = [load(tmp_path / 'd', normalise='zscore', cache='disk') for _ in range(2)]
     assert {d.fingerprint() for d in disk} == {ds.fingerprint()} and disk[1].batch([0])['image'].dtype == torch.float32
 
@@ -268,13 +325,22 @@ BLANK = np.zeros((S, S), np.uint8)
 FORE = np.uint8(DISC) * 255
 SOFT = cv2.resize(FORE[::2, ::2], (S, S), interpolation=cv2.INTER_LINEAR)
 MASKS = {
-    '0/1': FORE // 255, '0/255': FORE, '16 bits': FORE.astype(np.uint16) * 257, 'bilevel': DISC,
-    'float': DISC * np.float32(.9),
-    'small float': DISC * np.float32(.01), 'float labels': DISC.astype(np.float32), 'int32': DISC.astype(np.int32),
-    'alpha on black': np.dstack([BLANK] * 3 + [FORE]), 'alpha on white': np.dstack([BLANK + 255] * 3 + [FORE]),
-    'white, opaque': np.dstack([FORE] * 3 + [BLANK + 255]), 'white on transparent': np.dstack([FORE] * 4),
-    'grey and alpha': np.dstack([BLANK, FORE]), 'grey as RGB': np.dstack([FORE] * 3),
-    'red': np.dstack([FORE, BLANK, BLANK]), 'green': np.dstack([BLANK, FORE, BLANK]),
+    '0/1': FORE // 255,
+    '0/255': FORE,
+    '16 bits': FORE.astype(np.uint16) * 257,
+    'bilevel': DISC,
+    'float': DISC * np.float32(0.9),
+    'small float': DISC * np.float32(0.01),
+    'float labels': DISC.astype(np.float32),
+    'int32': DISC.astype(np.int32),
+    'alpha on black': np.dstack([BLANK] * 3 + [FORE]),
+    'alpha on white': np.dstack([BLANK + 255] * 3 + [FORE]),
+    'white, opaque': np.dstack([FORE] * 3 + [BLANK + 255]),
+    'white on transparent': np.dstack([FORE] * 4),
+    'grey and alpha': np.dstack([BLANK, FORE]),
+    'grey as RGB': np.dstack([FORE] * 3),
+    'red': np.dstack([FORE, BLANK, BLANK]),
+    'green': np.dstack([BLANK, FORE, BLANK]),
     'blue': np.dstack([BLANK, BLANK, FORE // 2]),
 }
 
@@ -283,15 +349,15 @@ MASKS = {
 def test_masks_of_every_form(tmp_path, form):
     a = MASKS[form]
     path = put(tmp_path / ('a.tif' if a.dtype.kind in 'fi' else 'a.png'), a)
-    got, = read_mask(path)
+    (got,) = read_mask(path)
     assert ((got > 0) == DISC).all() and set(np.unique(got)) <= {0, 1, 255}
 
 
 @pytest.mark.parametrize('form', ['0/255', 'red', 'green', 'blue', 'grey as RGB'])
 def test_masks_as_jpeg(tmp_path, form):
     big = np.repeat(np.repeat(MASKS[form], 8, 0), 8, 1)
-    got, = read_mask(put(tmp_path / 'a.jpg', big, quality=70))
-    assert ((got > 0) == np.repeat(np.repeat(DISC, 8, 0), 8, 1)).mean() > .99 and set(np.unique(got)) == {0, 255}
+    (got,) = read_mask(put(tmp_path / 'a.jpg', big, quality=70))
+    assert ((got > 0) == np.repeat(np.repeat(DISC, 8, 0), 8, 1)).mean() > 0.99 and set(np.unique(got)) == {0, 255}
     assert not read_mask(put(tmp_path / 'b.jpg', big * 0))[0].any()
 
 
@@ -301,17 +367,17 @@ def test_soft_edges_go_to_the_nearer_value(tmp_path, scale, how):
     a = np.zeros((48, 48), np.uint8)
     cv2.circle(a, (24, 24), 15, 255, -1)
     soft = cv2.resize(a, None, fx=scale, fy=scale, interpolation=how)
-    got, = read_mask(put(tmp_path / 'a.png', soft))
-    assert set(np.unique(got)) == {0, 255} and ((got > 0) == (soft > 127)).mean() > .995
+    (got,) = read_mask(put(tmp_path / 'a.png', soft))
+    assert set(np.unique(got)) == {0, 255} and ((got > 0) == (soft > 127)).mean() > 0.995
 
 
 def test_antialiased_and_two_classes(tmp_path):
     a = np.zeros((64, 64), np.uint8)
     cv2.circle(a, (32, 32), 20, 255, -1, cv2.LINE_AA)
     cv2.circle(a, (32, 32), 9, 128, -1, cv2.LINE_AA)
-    got, = read_mask(put(tmp_path / 'a.png', a))
+    (got,) = read_mask(put(tmp_path / 'a.png', a))
     assert set(np.unique(got)) == {0, 128, 255} and (got == 128).sum() > 200
-    ring = (got == 128) & ((np.mgrid[:64, :64] - 32)**2).sum(0).__gt__(15**2)
+    ring = (got == 128) & ((np.mgrid[:64, :64] - 32) ** 2).sum(0).__gt__(15**2)
     # the outer edge is no ring of the inner class
     assert not ring.any()
 
@@ -325,7 +391,7 @@ def test_label_maps_are_left_alone(tmp_path, labels):
 
 def test_float_label_maps_and_probabilities_in_volumes(tmp_path):
     v = np.repeat(DISC[..., None], 3, 2)
-    for name, a in {'labels': v * 2.0001, 'probability': v * .8, 'nan': np.where(v, 1., np.nan)}.items():
+    for name, a in {'labels': v * 2.0001, 'probability': v * 0.8, 'nan': np.where(v, 1.0, np.nan)}.items():
         got = read_mask(nifti(tmp_path / f'{name}.nii.gz', a.astype(np.float32)))
         assert all(((g > 0) == (got[0] > 0)).all() for g in got) and (got[0] > 0).sum() == DISC.sum()
     with pytest.raises(ValueError, match='with 2 channels'):
@@ -338,11 +404,14 @@ def test_one_class_under_two_numbers(tmp_path, full):
         put(tmp_path / f'images/{i}.png')
         put(tmp_path / f'masks/{i}.png', m)
     ds = load(tmp_path)
-    assert ds.classes == ('background', 'foreground') and ((ds.masks[0] > 0) == DISC).all() and (ds.masks[0]
-                                                                                                 == ds.masks[1]).all()
+    assert (
+        ds.classes == ('background', 'foreground')
+        and ((ds.masks[0] > 0) == DISC).all()
+        and (ds.masks[0] == ds.masks[1]).all()
+    )
     put(tmp_path / 'masks/0.png', np.where(YY < 16, FORE, FORE // 255).astype(np.uint8))
     if full == 255:
-        assert load(tmp_path).classes == ('background', 'label 1', 'label 255')          # one mask uses both
+        assert load(tmp_path).classes == ('background', 'label 1', 'label 255')  # one mask uses both
 
 
 @pytest.mark.parametrize('tag', [3, 6, 8])
@@ -355,9 +424,11 @@ def test_image_and_mask_turn_together(tmp_path, tag):
     assert ds.images[0, 0][ds.masks[0] > 0].min() == 200 and ((ds.masks[0] > 0) != DISC).any()
 
 
-BAD_MASKS = {'colours': lambda p: put(p, RNG.integers(0, 255, (S, S, 3), np.uint8)),
-             'instances': lambda p: put(p, np.arange(S * S, dtype=np.uint16).reshape(S, S)),
-             'broken': lambda p: p.write_text('no')}
+BAD_MASKS = {
+    'colours': lambda p: put(p, RNG.integers(0, 255, (S, S, 3), np.uint8)),
+    'instances': lambda p: put(p, np.arange(S * S, dtype=np.uint16).reshape(S, S)),
+    'broken': lambda p: p.write_text('no'),
+}
 
 
 @pytest.mark.parametrize('bad', BAD_MASKS)
@@ -365,7 +436,8 @@ def test_who_needs_no_masks_reads_none(tmp_path, bad):
     for i in range(3):
         put(tmp_path / f'images/{i}.png')
         (tmp_path / 'masks').mkdir(exist_ok=True)
-        if i < 2: BAD_MASKS[bad](tmp_path / f'masks/{i}.png')
+        if i < 2:
+            BAD_MASKS[bad](tmp_path / f'masks/{i}.png')
     ds = load(tmp_path, masks=False)
     assert len(ds) == 3 and ds.masks is None and not ds.skipped
 
@@ -376,8 +448,11 @@ def test_instances_are_a_plane(tmp_path):
     put(tmp_path / 'masks/0.png', ids)
     for cache in ('memory', 'disk', 'disk'):
         ds = load(tmp_path, masks='instances', cache=cache)
-        assert ds.kinds['instances'] == 'instances' and (ds.planes['instances'][0]
-                                                         == ids).all() and ds.batch([0])['instances'].max() == ids.max()
+        assert (
+            ds.kinds['instances'] == 'instances'
+            and (ds.planes['instances'][0] == ids).all()
+            and ds.batch([0])['instances'].max() == ids.max()
+        )
 
 
 # Layouts
@@ -387,10 +462,13 @@ LAYOUTS = {
     'image + mask': ('image/{}.png', 'mask/{}.png'),
     'Images + Masks': ('Images/{}.png', 'Masks/{}.png'),
     'DRIVE': ('training/images/{}_training.png', 'training/1st_manual/{}_manual1.png'),
-    'beside': ('a/{}.png', 'a/{}_mask.png'), 'beside, other words': ('{}.png', '{}_segmentation.png'),
+    'beside': ('a/{}.png', 'a/{}_mask.png'),
+    'beside, other words': ('{}.png', '{}_segmentation.png'),
     'below': ('{}.png', 'masks/{}.png'),
-    'images + labels': ('x/images/{}.png', 'x/labels/{}.png'), 'deep': ('images/train/{}.png', 'masks/train/{}.png'),
-    'images + gt': ('images/{}.png', 'gt/{}_GT.png'), 'beside, in images': ('images/{}.png', 'images/{}_mask.png'),
+    'images + labels': ('x/images/{}.png', 'x/labels/{}.png'),
+    'deep': ('images/train/{}.png', 'masks/train/{}.png'),
+    'images + gt': ('images/{}.png', 'gt/{}_GT.png'),
+    'beside, in images': ('images/{}.png', 'images/{}_mask.png'),
     'image endings': ('images/{}_image.png', 'masks/{}_label.png'),
 }
 
@@ -401,12 +479,14 @@ def test_masks_are_paired_and_never_images(tmp_path, layout):
     for i in range(3):
         put(tmp_path / 'd' / image.format(f'c{i}'))
         put(tmp_path / 'd' / mask.format(f'c{i}'), np.roll(FORE, i, 1))
-    if layout == 'DRIVE': put(tmp_path / 'd/training/mask/c0_training_mask.png', BLANK + 255)
+    if layout == 'DRIVE':
+        put(tmp_path / 'd/training/mask/c0_training_mask.png', BLANK + 255)
     ds = load(tmp_path / 'd')
     assert len(ds) == 3 and ds.classes == ('background', 'foreground')
     assert all(((ds.masks[i] > 0) == np.roll(DISC, i, 1)).all() for i in range(3))
     put(tmp_path / 'd' / mask.format('lonely'), FORE)
-    with pytest.warns(UserWarning, match='looks like a mask'): ds = load_images(tmp_path / 'd', S)
+    with pytest.warns(UserWarning, match='looks like a mask'):
+        ds = load_images(tmp_path / 'd', S)
     assert len(ds) == 3 and 'lonely' in ds.skipped[0][0] and len(load(tmp_path / 'd', masks=False)) == 3
 
 
@@ -419,7 +499,8 @@ def test_several_masks_of_one_image_are_joined(tmp_path):
 
 
 def test_a_folder_of_masks_alone_is_a_folder_of_images(tmp_path):
-    for i in range(3): put(tmp_path / f'masks/{i}_mask.png', FORE)
+    for i in range(3):
+        put(tmp_path / f'masks/{i}_mask.png', FORE)
     assert len(load(tmp_path / 'masks')) == 3 and len(find_cases(tmp_path)) == 3
 
 
@@ -427,30 +508,41 @@ def test_nnunet_channels_and_labels(tmp_path):
     v = np.zeros((S, S, 4), np.float32)
     v[8:24, 8:24] = 100 + RNG.random((16, 16, 4))
     for case in 'ab':
-        for c in range(2): nifti(tmp_path / f'imagesTr/{case}_{c:04}.nii.gz', v * (c + 1))
+        for c in range(2):
+            nifti(tmp_path / f'imagesTr/{case}_{c:04}.nii.gz', v * (c + 1))
         nifti(tmp_path / f'labelsTr/{case}.nii.gz', (v > 0).astype(np.uint8))
     nifti(tmp_path / 'imagesTr/c_0000.nii.gz', v)
     nifti(tmp_path / 'labelsTr/c.nii.gz', (v > 0).astype(np.uint8))
-    with pytest.warns(UserWarning, match='it has 1 channels, others 2'): ds = load_images(tmp_path, S)
-    assert (len(ds), ds.channels, sorted(set(ds.subjects)), ds.classes) == (8, 2, ['a', 'b'],
-                                                                            ('background', 'foreground'))
-    for i in range(3): put(tmp_path / f'plain/scan_{i:04}.png')
+    with pytest.warns(UserWarning, match='it has 1 channels, others 2'):
+        ds = load_images(tmp_path, S)
+    assert (len(ds), ds.channels, sorted(set(ds.subjects)), ds.classes) == (
+        8,
+        2,
+        ['a', 'b'],
+        ('background', 'foreground'),
+    )
+    for i in range(3):
+        put(tmp_path / f'plain/scan_{i:04}.png')
     assert load(tmp_path / 'plain').channels == 1 and len(load(tmp_path / 'plain')) == 3
 
 
 def test_patient_folders_are_subjects_where_names_repeat(tmp_path):
     for p in 'xyz':
-        for i in range(3): put(tmp_path / f'train/{p}/{i:03}.png')
+        for i in range(3):
+            put(tmp_path / f'train/{p}/{i:03}.png')
     assert sorted(set(load(tmp_path).subjects)) == ['train/x', 'train/y', 'train/z']
     for p in 'xy':
-        for kind in ('images', 'masks'): put(tmp_path / f'two/{p}/{kind}/0.png', FORE)
+        for kind in ('images', 'masks'):
+            put(tmp_path / f'two/{p}/{kind}/0.png', FORE)
     assert sorted(load(tmp_path / 'two').subjects) == ['x', 'y']
-    for p in ('benign', 'malignant'): put(tmp_path / f'classes/{p}/{p} 1.png')
+    for p in ('benign', 'malignant'):
+        put(tmp_path / f'classes/{p}/{p} 1.png')
     assert sorted(load(tmp_path / 'classes').subjects) == ['benign 1', 'malignant 1']
 
 
 def test_same_stems_in_one_folder_have_names_of_their_own(tmp_path):
-    for end in ('png', 'jpg', 'bmp'): put(tmp_path / f'a.{end}')
+    for end in ('png', 'jpg', 'bmp'):
+        put(tmp_path / f'a.{end}')
     cases = find_cases(tmp_path)
     assert len({c.name for c in cases}) == 3 and set(load(tmp_path).subjects) == {'a'}
 
@@ -459,34 +551,54 @@ def test_linked_folders_are_entered_once(tmp_path):
     put(tmp_path / 'far/one/a.png')
     put(tmp_path / 'far/two/b.png')
     (tmp_path / 'set').mkdir()
-    for name, to in {'link': '../far/one', 'again': '../far/one', 'deep': '../far', 'loop': '.', 'up': '..',
-                     'gone': '../nothing'}.items():
+    for name, to in {
+        'link': '../far/one',
+        'again': '../far/one',
+        'deep': '../far',
+        'loop': '.',
+        'up': '..',
+        'gone': '../nothing',
+    }.items():
         os.symlink(to, tmp_path / 'set' / name)
     os.symlink('../far/one/a.png', tmp_path / 'set/c.png')
     names = sorted(Path(p).name for p in load(tmp_path / 'set').paths)
     assert names == ['a.png', 'b.png', 'c.png']
 
 
-@pytest.mark.parametrize('name, content',
-                         [('x.dcm', b'\0' * 300), ('x.dcm', b'DICM'), ('x.nii', b''), ('x.nii.gz', b'garbage'),
-                                           ('x.nii.gz', gzip.compress(b'short')), ('x.png', b'\x89PNG\r\n\x1a\n'),
-                                           ('x.jpg', b''), ('x.tif', b'II*\0' + b'\xff' * 40)])
+@pytest.mark.parametrize(
+    'name, content',
+    [
+        ('x.dcm', b'\0' * 300),
+        ('x.dcm', b'DICM'),
+        ('x.nii', b''),
+        ('x.nii.gz', b'garbage'),
+        ('x.nii.gz', gzip.compress(b'short')),
+        ('x.png', b'\x89PNG\r\n\x1a\n'),
+        ('x.jpg', b''),
+        ('x.tif', b'II*\0' + b'\xff' * 40),
+    ],
+)
 def test_one_bad_file_among_good_ones(tmp_path, name, content):
-    for i in range(3): put(tmp_path / f'{i}.png')
+    for i in range(3):
+        put(tmp_path / f'{i}.png')
     (tmp_path / name).write_bytes(content)
-    with pytest.warns(UserWarning, match='1 of the images'): ds = load_images(tmp_path, S)
+    with pytest.warns(UserWarning, match='1 of the images'):
+        ds = load_images(tmp_path, S)
     assert len(ds) == 3 and Path(ds.skipped[0][0]).name == name and ds.skipped[0][1].isprintable()
 
 
 # Hostile files
+
 
 def test_only_meant_formats_are_opened(tmp_path, monkeypatch):
     "EPS, PDF and the like never reach a decoder, whatever they are called"
     im = Image.fromarray(NOISE)
     for fmt in ('EPS', 'PDF', 'ICO', 'TGA', 'SGI', 'IM', 'PCX'):
         im.convert('RGB').save(tmp_path / 'a.png', format=fmt)
-        with pytest.raises((ValueError, OSError)): open_picture(tmp_path / 'a.png')
-        with pytest.raises((ValueError, OSError)): read_mask(tmp_path / 'a.png')
+        with pytest.raises((ValueError, OSError)):
+            open_picture(tmp_path / 'a.png')
+        with pytest.raises((ValueError, OSError)):
+            read_mask(tmp_path / 'a.png')
 
 
 def test_every_room_opens_pictures_through_one_function():
@@ -499,16 +611,20 @@ def test_every_room_opens_pictures_through_one_function():
 def test_memory_is_bounded_before_it_is_taken(tmp_path, monkeypatch):
     header = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)).header
     header.set_data_shape((4000, 4000, 4000))
-    with gzip.open(tmp_path / 'a.nii.gz', 'wb') as f: f.write(header.binaryblock + b'\0' * 100)
-    with pytest.raises(ValueError, match=r'4000×4000×4000 voxels would take .* GiB'): read_image(tmp_path / 'a.nii.gz')
+    with gzip.open(tmp_path / 'a.nii.gz', 'wb') as f:
+        f.write(header.binaryblock + b'\0' * 100)
+    with pytest.raises(ValueError, match=r'4000×4000×4000 voxels would take .* GiB'):
+        read_image(tmp_path / 'a.nii.gz')
     path = dicom(tmp_path / 'a.dcm', SLICES[0], NumberOfFrames=100_000_000)
-    with pytest.raises(ValueError, match='GiB of memory'): read_image(path)
+    with pytest.raises(ValueError, match='GiB of memory'):
+        read_image(path)
     monkeypatch.setattr(files, 'MOST_BYTES', 1 << 20)
     ds = pydicom.dcmread(dicom(tmp_path / 'b.dcm', np.zeros((700, 700), '<u2')))
     ds.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     ds.save_as(tmp_path / 'c.dcm', enforce_file_format=True)
     assert (tmp_path / 'c.dcm').stat().st_size < 5000
-    with pytest.raises(ValueError, match='the deflated file would take'): read_image(tmp_path / 'c.dcm')
+    with pytest.raises(ValueError, match='the deflated file would take'):
+        read_image(tmp_path / 'c.dcm')
 
 
 def test_deflated_files_of_usual_size_are_read(tmp_path):
@@ -540,7 +656,8 @@ def test_tables_stay_in_their_folder_and_in_one_line(tmp_path, case, cache):
     put(tmp_path / 'd/a.png')
     put(tmp_path / 'secret.png')
     (tmp_path / 'd/manifest.csv').write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=says) as e: load(tmp_path / 'd', cache=cache)
+    with pytest.raises(ValueError, match=says) as e:
+        load(tmp_path / 'd', cache=cache)
     text = str(e.value)
     assert '\n' not in text and text.isprintable() and len(text) < 900
 
@@ -551,14 +668,16 @@ def test_a_table_may_lead_outside_if_allowed_and_utf16_is_read(tmp_path):
     (tmp_path / 'd/manifest.csv').write_bytes(f'image,subject\n../far.png,ä\n{tmp_path}/far.png,b'.encode('utf-16'))
     ds = load(tmp_path / 'd', outside=True)
     assert len(ds) == 2 and ds.subjects == ['ä', 'b'] and ds.subjects_known
-    with pytest.raises(ValueError, match='no such table'): load(tmp_path / 'd', manifest=tmp_path / 'nothing.csv')
+    with pytest.raises(ValueError, match='no such table'):
+        load(tmp_path / 'd', manifest=tmp_path / 'nothing.csv')
 
 
 def test_the_table_of_a_parent_is_not_read(tmp_path):
     put(tmp_path / 'd/a.png')
     (tmp_path / 'manifest.csv').write_text('image,subject\nd/a.png,somebody\n')
-    assert load(tmp_path / 'd').subjects == ['a'] and load(tmp_path / 'd',
-                                                           manifest=tmp_path / 'manifest.csv').subjects == ['somebody']
+    assert load(tmp_path / 'd').subjects == ['a'] and load(
+        tmp_path / 'd', manifest=tmp_path / 'manifest.csv'
+    ).subjects == ['somebody']
 
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes on this system')
@@ -567,19 +686,24 @@ def test_pipes_and_devices_are_refused(tmp_path, name):
     put(tmp_path / 'good.png')
     os.mkfifo(tmp_path / name)
     for f in (read_image, read_mask, find_cases):
-        with pytest.raises(ValueError): f(tmp_path / name)
+        with pytest.raises(ValueError):
+            f(tmp_path / name)
     assert len(load(tmp_path)) == 1
-    with pytest.raises(ValueError): find_cases('/dev/null')
+    with pytest.raises(ValueError):
+        find_cases('/dev/null')
 
 
 def test_control_characters_never_reach_a_message(tmp_path):
     name = 'a\x1b[31m\n\u202eb\r.png'
-    for i in range(2): put(tmp_path / f'd/{i}.png')
+    for i in range(2):
+        put(tmp_path / f'd/{i}.png')
     (tmp_path / 'd' / name).write_text('broken')
-    with pytest.warns(UserWarning) as caught: load_images(tmp_path / 'd', S)
+    with pytest.warns(UserWarning) as caught:
+        load_images(tmp_path / 'd', S)
     assert str(caught[0].message).isprintable() and r'\x1b' in str(caught[0].message)
     for bad in (tmp_path / name, tmp_path / 'd' / name):
-        with pytest.raises((ValueError, OSError)) as e: load(bad)
+        with pytest.raises((ValueError, OSError)) as e:
+            load(bad)
         assert str(e.value).isprintable()
     assert shown('\udcff\x07') == r'\udcff\x07' and len(shown('x' * 900)) < 250
 
@@ -591,11 +715,14 @@ HARM = {
     'labels too large': lambda f: np.save(f / 'mask.npy', np.full((3, S, S), 9, np.uint8)),
     'objects': lambda f: np.save(f / 'image.npy', np.array([{}] * 3), allow_pickle=True),
     'no mask': lambda f: (f / 'mask.npy').unlink(),
-    'names': lambda f: change(f, paths=[1, 2, 3]), 'subjects': lambda f: change(f, subjects=['a']),
+    'names': lambda f: change(f, paths=[1, 2, 3]),
+    'subjects': lambda f: change(f, subjects=['a']),
     'classes': lambda f: change(f, classes=None),
     'a list': lambda f: (f / 'data.json').write_text('[]'),
-    'nested': lambda f: (f / 'data.json').write_text('[' * 100_000), 'planes': lambda f: change(f, planes={'image': 3}),
-    'facts': lambda f: change(f, facts={'low': [1]}), 'empty': lambda f: change(f, paths=[], subjects=[]),
+    'nested': lambda f: (f / 'data.json').write_text('[' * 100_000),
+    'planes': lambda f: change(f, planes={'image': 3}),
+    'facts': lambda f: change(f, facts={'low': [1]}),
+    'empty': lambda f: change(f, paths=[], subjects=[]),
 }
 
 
@@ -618,27 +745,36 @@ def test_a_cache_is_believed_only_if_it_fits(tmp_path, harm):
 # Other people's data sets
 
 X = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-SAMPLES = [{'image': x, 'mask': (x[0] > 0).long(), 'age': torch.tensor([3.]), 'path': f'{i}'} for i, x in enumerate(X)]
+SAMPLES = [{'image': x, 'mask': (x[0] > 0).long(), 'age': torch.tensor([3.0]), 'path': f'{i}'} for i, x in enumerate(X)]
 
 
 @pytest.mark.parametrize('form', ['tensors', 'arrays', 'bytes', 'monai', 'masks with a channel'])
 def test_any_data_set_of_dictionaries_trains(form):
     def sample(s):
-        if form == 'arrays': return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in s.items()}
-        if form == 'bytes': return s | {'image': ((s['image'] + 1) * 127.5).round().to(torch.uint8)}
-        if form == 'masks with a channel': return s | {'mask': s['mask'][None].float()}
+        if form == 'arrays':
+            return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in s.items()}
+        if form == 'bytes':
+            return s | {'image': ((s['image'] + 1) * 127.5).round().to(torch.uint8)}
+        if form == 'masks with a channel':
+            return s | {'mask': s['mask'][None].float()}
         if form == 'monai':
             from monai.data import MetaTensor
+
             return {k: MetaTensor(v) if isinstance(v, torch.Tensor) else v for k, v in s.items()}
         return s
+
     ds = as_image_data([sample(s) for s in SAMPLES], size=16, channels=1)
     b = next(Batches(ds, 4, seed=1, workers=2))
     assert b['image'].shape == (4, 1, 16, 16) and b['mask'].dtype == torch.int64 and b['mask'].shape == (4, 16, 16)
     i = int(b['path'][2])
-    assert type(b['image']) is torch.Tensor and torch.allclose(b['image'][2], X[i],
-            atol=1 / 127) and torch.equal(b['mask'][2], SAMPLES[i]['mask'])
-    assert (ds.size, ds.channels,
-            len(ds)) == (16, 1, 6) and ds.fingerprint() == as_image_data([sample(s) for s in SAMPLES]).fingerprint()
+    assert (
+        type(b['image']) is torch.Tensor
+        and torch.allclose(b['image'][2], X[i], atol=1 / 127)
+        and torch.equal(b['mask'][2], SAMPLES[i]['mask'])
+    )
+    assert (ds.size, ds.channels, len(ds)) == (16, 1, 6) and ds.fingerprint() == as_image_data(
+        [sample(s) for s in SAMPLES]
+    ).fingerprint()
     assert as_image_data([sample(s) for s in SAMPLES[::-1]]).fingerprint() != ds.fingerprint()
     kept = ds.in_memory()
     assert torch.equal(kept.batch(range(6))['image'], ds.batch(range(6))['image']) and kept.kinds['mask'] == 'labels'
@@ -646,14 +782,22 @@ def test_any_data_set_of_dictionaries_trains(form):
 
 def test_samples_are_read_when_they_are_asked_for():
     class Lazy:
-        def __init__(self): self.read = []
-        def __len__(self): return 1000
-        def __getitem__(self, i): self.read.append(i); return SAMPLES[i % 6]
+        def __init__(self):
+            self.read = []
+
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, i):
+            self.read.append(i)
+            return SAMPLES[i % 6]
+
     lazy = Lazy()
     ds = as_image_data(lazy)
     next(Batches(ds, 4))
     assert len(lazy.read) == 5
-    with pytest.raises(IndexError): ds[1000]
+    with pytest.raises(IndexError):
+        ds[1000]
     assert len(ds.fingerprint()) == 16 and len(lazy.read) < 40
 
 
@@ -665,12 +809,14 @@ WRONG = {
     'a generator': (iter(SAMPLES), 'a data set with a length'),
     'a dictionary': ({'image': X}, 'a data set with a length'),
     'pairs': ([(X[0], 1)], 'sample 0 is a tuple'),
-    'no image': ([{'img': X[0]}], "sample 0 has no 'image'; it has img"), 'empty': ([], 'empty'),
+    'no image': ([{'img': X[0]}], "sample 0 has no 'image'; it has img"),
+    'empty': ([], 'empty'),
     '0 … 255': ([{'image': X[0] * 127 + 128}], 'image runs from'),
     'NaN': ([{'image': X[0] * float('nan')}], 'image runs from nan'),
     'integers': ([{'image': X[0].long()}], 'pass uint8, or float'),
     'flat': ([{'image': X[0, 0]}], r'must be \(C, H, W\)'),
-    'text': ([{'image': 'a.png'}], 'image is a str'), 'nothing': (None, 'NoneType'),
+    'text': ([{'image': 'a.png'}], 'image is a str'),
+    'nothing': (None, 'NoneType'),
     'not square': ([{'image': X[0][:, :8]}], '16×8 pixels'),
 }
 
@@ -678,44 +824,57 @@ WRONG = {
 @pytest.mark.parametrize('case', WRONG)
 def test_what_is_no_training_data_is_refused_in_a_line(case):
     data, says = WRONG[case]
-    with pytest.raises(ValueError, match=says) as e: as_image_data(data)
+    with pytest.raises(ValueError, match=says) as e:
+        as_image_data(data)
     assert '\n' not in str(e.value)
 
 
-LATER = {'other size': ({'image': X[0][:, :8, :8], 'mask': SAMPLES[0]['mask'][:8, :8], 'age': torch.ones(1)},
-                        r'sample 1: image has shape \(1, 8, 8\)'),
-         'no mask': ({'image': X[0], 'age': torch.ones(1)}, "sample 1 has no 'mask'"),
-         'new plane': (SAMPLES[0] | {'extra': X[0]}, 'extra has shape .* it is missing')}
+LATER = {
+    'other size': (
+        {'image': X[0][:, :8, :8], 'mask': SAMPLES[0]['mask'][:8, :8], 'age': torch.ones(1)},
+        r'sample 1: image has shape \(1, 8, 8\)',
+    ),
+    'no mask': ({'image': X[0], 'age': torch.ones(1)}, "sample 1 has no 'mask'"),
+    'new plane': (SAMPLES[0] | {'extra': X[0]}, 'extra has shape .* it is missing'),
+}
 
 
 @pytest.mark.parametrize('case', LATER)
 def test_samples_that_do_not_fit_the_first(case):
     later, says = LATER[case]
-    with pytest.raises(ValueError, match=says): as_image_data([SAMPLES[0], later]).batch([0, 1])
+    with pytest.raises(ValueError, match=says):
+        as_image_data([SAMPLES[0], later]).batch([0, 1])
 
 
 def test_sizes_and_channels_asked_for():
-    with pytest.raises(ValueError, match='16×16 pixels; 32×32 needed'): as_image_data(SAMPLES, size=32)
-    with pytest.raises(ValueError, match='1 channels, 3 needed'): as_image_data(SAMPLES, channels=3)
+    with pytest.raises(ValueError, match='16×16 pixels; 32×32 needed'):
+        as_image_data(SAMPLES, size=32)
+    with pytest.raises(ValueError, match='1 channels, 3 needed'):
+        as_image_data(SAMPLES, channels=3)
     ds = phantom_data('lung_ct', 3, 16)
     assert as_image_data(ds, 16, 1) is ds
-    with pytest.raises(ValueError, match='16 px, 32 needed'): as_image_data(ds, 32)
+    with pytest.raises(ValueError, match='16 px, 32 needed'):
+        as_image_data(ds, 32)
 
 
 def test_a_loader_with_processes_and_monai_transforms():
     from monai.data import Dataset
     from monai.transforms import Compose, EnsureChannelFirstd, RandFlipd
+
     ds = phantom_data('brain_mri', 6, 16)
     loader = torch.utils.data.DataLoader(ds, batch_size=3, num_workers=2)
     assert torch.equal(torch.cat([b['image'] for b in loader]), ds.batch(range(6))['image'])
-    flip = Compose([EnsureChannelFirstd('mask', channel_dim='no_channel'),
-                    RandFlipd(['image', 'mask'], prob=1., spatial_axis=1)])
+    flip = Compose(
+        [EnsureChannelFirstd('mask', channel_dim='no_channel'), RandFlipd(['image', 'mask'], prob=1.0, spatial_axis=1)]
+    )
     b = as_image_data(Dataset(ds, flip)).batch([4])
-    assert torch.equal(b['image'], ds.batch([4])['image'].flip(-1)) and torch.equal(b['mask'],
-                                                                                    ds.batch([4])['mask'].flip(-1))
+    assert torch.equal(b['image'], ds.batch([4])['image'].flip(-1)) and torch.equal(
+        b['mask'], ds.batch([4])['mask'].flip(-1)
+    )
 
 
 # The summary
+
 
 def test_a_summary_says_what_was_understood(tmp_path):
     for i in range(5):
@@ -723,15 +882,19 @@ def test_a_summary_says_what_was_understood(tmp_path):
         put(tmp_path / f'masks/{i}.png', np.repeat(FORE * (i > 0), 1 + (i > 2), 1))
     (tmp_path / 'images/bad.png').write_text('no')
     put(tmp_path / 'masks/lonely.png', FORE)
-    with pytest.warns(UserWarning): s = summarise(load_images(tmp_path, S))
+    with pytest.warns(UserWarning):
+        s = summarise(load_images(tmp_path, S))
     assert (s.images, s.with_mask, s.subjects, s.subjects_known, s.meaning) == (5, 4, 5, False, 'grey')
     assert s.sides == [((32, 32), 3), ((64, 32), 2)] and s.values == (float(NOISE.min()), float(NOISE.max()))
-    assert s.classes[1][0] == 'foreground' and s.classes[1][2] == .8 and len(s.skipped) == 2
+    assert s.classes[1][0] == 'foreground' and s.classes[1][2] == 0.8 and len(s.skipped) == 2
     text = '\n'.join(s.lines())
-    assert all(w in text for w in ('cannot identify', 'looks like a mask', '64×32 (2)',
-                                   'nothing says whose body')) and len(s.brief()) == 2
+    assert (
+        all(w in text for w in ('cannot identify', 'looks like a mask', '64×32 (2)', 'nothing says whose body'))
+        and len(s.brief()) == 2
+    )
     for cache in ('disk', 'disk'):
-        with pytest.warns(UserWarning): assert summarise(load_images(tmp_path, S, cache=cache)) == s
+        with pytest.warns(UserWarning):
+            assert summarise(load_images(tmp_path, S, cache=cache)) == s
 
 
 @pytest.mark.parametrize('kind', ['fundus', 'brain_mri', 'chest_xray'])
@@ -743,4 +906,5 @@ def test_a_contact_sheet_shows_masks_on_images(kind):
     inside = contact_sheet(ds.with_planes(mask=np.zeros_like(ds.masks)), 4)
     assert (inside == bare).all()
     assert contact_sheet(ImageData(ds.images.astype(np.float32) / 127.5 - 1)).any()
-    with pytest.raises(ValueError, match='the set is empty'): contact_sheet(ds.subset([]))
+    with pytest.raises(ValueError, match='the set is empty'):
+        contact_sheet(ds.subset([]))

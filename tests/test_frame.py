@@ -1,4 +1,4 @@
-"""The frame of all recipes: stages, frozen networks, weights from elsewhere, losses and augmentation by name, growth."""
+"""The frame of all recipes: stages, frozen networks, weights from elsewhere, losses and augmentation, growth."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from torch import nn
 
 from medsketch.data import ImageData, phantom_data
 from medsketch.recipes import DCGAN, PGGAN, RECIPES, DualGAN, Recipe, SkrGAN, load_recipe
-from medsketch.train.adversarial import Adversarial, RenderLosses
 from medsketch.recipes.skrgan import JointLosses
+from medsketch.train.adversarial import Adversarial, RenderLosses
 from medsketch.train.callbacks import Callback
 from medsketch.train.stages import Stage, read_config
 from medsketch.train.trainer import Phase
@@ -24,7 +24,16 @@ os.environ['ACCELERATE_USE_CPU'] = 'true'  # "to the last bit" is a promise for 
 PAIR = {'size': 16, 'latent_dim': 8, 'ngf': 4, 'ndf': 4, 'batch_size': 4, 'steps': 6}
 GROWING = {'size': 16, 'latent_dim': 8, 'fmap_base': 32, 'fmap_max': 8, 'batch_size': 4}
 SKR = GROWING | {'ngf': 4, 'ndf': 4, 'receptive_field': 16, 'batches': 3, 'render_steps': 4}
-DUAL = {'size': 16, 'latent_dim': 8, 'ngf': 4, 'ndf': 4, 'receptive_field': 1, 'batch_size': 4, 'mask_steps': 4, 'render_steps': 4}
+DUAL = {
+    'size': 16,
+    'latent_dim': 8,
+    'ngf': 4,
+    'ndf': 4,
+    'receptive_field': 1,
+    'batch_size': 4,
+    'mask_steps': 4,
+    'render_steps': 4,
+}
 
 
 @pytest.fixture(scope='module')
@@ -46,8 +55,12 @@ class TwoStages(Recipe):
         return {'G': G, 'E': nn.Conv2d(3, 3, 1)}
 
     def stages(self, data, more=None):
-        def g(nets, batch): return (nets.G(batch['image']) - batch['image']).square().mean()
-        def e(nets, batch): return (nets.G(nets.E(batch['image'])) - batch['image']).square().mean()
+        def g(nets, batch):
+            return (nets.G(batch['image']) - batch['image']).square().mean()
+
+        def e(nets, batch):
+            return (nets.G(nets.E(batch['image'])) - batch['image']).square().mean()
+
         adam = {n: torch.optim.Adam(self.nets[n].parameters(), 0.01) for n in 'GE'}
         stream = lambda: self.stream(data, 0)
         return [
@@ -61,7 +74,8 @@ def known_recipes(monkeypatch):
     monkeypatch.setitem(RECIPES, TwoStages.name, TwoStages)
 
 
-def small(): return phantom_data('fundus', 6, 8)
+def small():
+    return phantom_data('fundus', 6, 8)
 
 
 def test_a_frozen_network_does_not_move_and_is_not_in_the_checkpoint(tmp_path):
@@ -107,7 +121,9 @@ def test_init_takes_networks_up_and_says_so(tmp_path, data):
     same(dict(b.nets['G_S'].state_dict()), dict(a.nets['G_S'].state_dict()))
     noted = read_config(tmp_path / 'b')['init']
     assert noted['from'] == str(tmp_path / 'a') and {'G_S', 'G_P', 'D_S', 'D_P'} <= set(noted['weights'])
-    again = SkrGAN(**SKR, seed=1).fit(data, tmp_path / 'b', stages=['render'], progress=False)  # without saying it again
+    again = SkrGAN(**SKR, seed=1).fit(
+        data, tmp_path / 'b', stages=['render'], progress=False
+    )  # without saying it again
     same(again.sample(2), b.sample(2))
 
 
@@ -120,10 +136,17 @@ def test_init_by_network(tmp_path, data):
     same(dict(b.nets['D_P'].state_dict()), fresh)
 
 
-@pytest.mark.parametrize('init, text', [
-    ('a', r'G_P\.\S+ is .*, this recipe needs .*; .* and \d+ more'), ({'G': 'a'}, "no network is called 'G'; there are: G_S"),
-    ('nowhere', 'nowhere does not exist'), ({'D_X': 'a'}, 'no network is called'), ('text', 'not a file that medsketch saved'),
-    ('other', 'no network in common')])
+@pytest.mark.parametrize(
+    'init, text',
+    [
+        ('a', r'G_P\.\S+ is .*, this recipe needs .*; .* and \d+ more'),
+        ({'G': 'a'}, "no network is called 'G'; there are: G_S"),
+        ('nowhere', 'nowhere does not exist'),
+        ({'D_X': 'a'}, 'no network is called'),
+        ('text', 'not a file that medsketch saved'),
+        ('other', 'no network in common'),
+    ],
+)
 def test_init_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, data, init, text):
     a = SkrGAN(**SKR).fit(data, tmp_path / 'a', progress=False)
     (tmp_path / 'text').write_text('not weights')
@@ -138,10 +161,12 @@ def test_init_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, 
 
 
 def test_arguments_of_earlier_versions_are_understood(tmp_path):
-    r = SkrGAN(**SKR, variants=True, position=True, consistency=20.)
+    r = SkrGAN(**SKR, variants=True, position=True, consistency=20.0)
     r.save(tmp_path / 'new.safetensors')
     new = {'variants': 'hand', 'position': 'place', 'consistency': 'local'}
-    config = {new.get(k, k): v for k, v in r.config.items() if k not in ('loss', 'ada', 'diffaugment', 'widths', 'start')}
+    config = {
+        new.get(k, k): v for k, v in r.config.items() if k not in ('loss', 'ada', 'diffaugment', 'widths', 'start')
+    }
     weights = load_file(tmp_path / 'new.safetensors')
     save_file(weights, tmp_path / 'old.safetensors', {'medsketch': json.dumps({'recipe': 'skrgan', 'config': config})})
     back = load_recipe(tmp_path / 'old.safetensors', 'cpu')
@@ -152,7 +177,8 @@ def test_arguments_of_earlier_versions_are_understood(tmp_path):
 # --- losses ---
 
 
-def fixed(value): return lambda *a, **k: value
+def fixed(value):
+    return lambda *a, **k: value
 
 
 def test_the_renderers_loss_has_lambda_and_half_a_discriminator():
@@ -183,7 +209,9 @@ def test_the_joint_stage_learns_at_a_tenth_of_the_rates(data):
     np.testing.assert_allclose([rates[1][0], rates[2][0]], [1e-4, 2e-5])
 
 
-@pytest.mark.parametrize('make', [lambda d: SkrGAN(**SKR, r1=2.).stages(d)[0], lambda d: DualGAN(**DUAL, r1=2.).stages(d)[0]])
+@pytest.mark.parametrize(
+    'make', [lambda d: SkrGAN(**SKR, r1=2.0).stages(d)[0], lambda d: DualGAN(**DUAL, r1=2.0).stages(d)[0]]
+)
 def test_r1_is_lazy_and_as_much_stronger(data, make, monkeypatch):
     "Every 16th step, γ/2 times the penalty; the trainer multiplies by 16"
     phase = make(data).phases[2]
@@ -193,6 +221,7 @@ def test_r1_is_lazy_and_as_much_stronger(data, make, monkeypatch):
     monkeypatch.setattr(game, 'see', lambda *a, **k: (torch.zeros(1), None))
     assert phase.loss(None, {}).item() == pytest.approx(3.0)  # 2 / 2 * 3
     from medsketch.train.trainer import Trainer
+
     net = nn.Linear(1, 1, bias=False)
     opt = torch.optim.SGD(net.parameters(), 1.0)
     before = net.weight.item()
@@ -211,7 +240,12 @@ def test_relativistic_penalises_both_sides(data):
     torch.testing.assert_close(one.penalty(nets, batch), (2 * torch.ones(16)).square().sum())
 
 
-HOW = [{'loss': 'relativistic'}, {'diffaugment': 'translate,cutout'}, {'ada': 0.6}, {'loss': 'relativistic', 'ada': 0.6}]
+HOW = [
+    {'loss': 'relativistic'},
+    {'diffaugment': 'translate,cutout'},
+    {'ada': 0.6},
+    {'loss': 'relativistic', 'ada': 0.6},
+]
 WHO = [(DCGAN, PAIR), (PGGAN, GROWING | {'batches': 3}), (SkrGAN, SKR), (DualGAN, DUAL)]
 
 
@@ -220,7 +254,9 @@ WHO = [(DCGAN, PAIR), (PGGAN, GROWING | {'batches': 3}), (SkrGAN, SKR), (DualGAN
 def test_losses_and_augmentation_by_name_train_and_resume_to_the_last_bit(tmp_path, data, cls, config, how):
     class Stop(Callback):
         def after_step(self, trainer):
-            if trainer.step == 2: raise KeyboardInterrupt
+            if trainer.step == 2:
+                raise KeyboardInterrupt
+
     through = cls(**config, **how).fit(data, tmp_path / 'a', every=2, progress=False)
     with pytest.raises(KeyboardInterrupt):
         cls(**config, **how).fit(data, tmp_path / 'b', every=1, progress=False, callbacks=[Stop()])
@@ -228,14 +264,25 @@ def test_losses_and_augmentation_by_name_train_and_resume_to_the_last_bit(tmp_pa
     again = cls(**config, **how).fit(data, tmp_path / 'b', every=2, progress=False)
     same(again.sample(3), through.sample(3))
     plain = cls(**config).fit(data, every=2, progress=False)
-    assert any(not torch.equal(p, q) for p, q in zip(plain.nets[plain.inference[0]].parameters(), through.nets[plain.inference[0]].parameters()))
+    assert any(
+        not torch.equal(p, q)
+        for p, q in zip(plain.nets[plain.inference[0]].parameters(), through.nets[plain.inference[0]].parameters())
+    )
 
 
 @pytest.mark.parametrize('cls, config', WHO, ids=lambda v: getattr(v, 'name', ''))
-@pytest.mark.parametrize('bad, text', [({'loss': 'hinge'}, "'hinge'.*relativistic"), ({'diffaugment': 'rotate90'}, 'rotate90'),
-                                       ({'ada': 7.0}, '7'), ({'augment': 'mixup'}, 'mirror')])
+@pytest.mark.parametrize(
+    'bad, text',
+    [
+        ({'loss': 'hinge'}, "'hinge'.*relativistic"),
+        ({'diffaugment': 'rotate90'}, 'rotate90'),
+        ({'ada': 7.0}, '7'),
+        ({'augment': 'mixup'}, 'mirror'),
+    ],
+)
 def test_unknown_names_are_refused(data, cls, config, bad, text):
-    with pytest.raises(ValueError, match=text) as e: cls(**config, **bad).stages(data)
+    with pytest.raises(ValueError, match=text) as e:
+        cls(**config, **bad).stages(data)
     assert one_line(e)
 
 
@@ -245,9 +292,12 @@ def test_unknown_names_are_refused(data, cls, config, bad, text):
 def stopped(cls, config, data, at):
     class Stop(Callback):
         def after_step(self, trainer):
-            if trainer.step == at: raise KeyboardInterrupt
+            if trainer.step == at:
+                raise KeyboardInterrupt
+
     r = cls(**config)
-    with pytest.raises(KeyboardInterrupt): r.fit(data, callbacks=[Stop()], progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        r.fit(data, callbacks=[Stop()], progress=False)
     return r
 
 
@@ -266,8 +316,13 @@ def test_no_growth_batch_sizes_and_widths_by_resolution(data):
     sizes = []
 
     class Watch(Callback):
-        def after_step(self, trainer): sizes.append((trainer.images))
-    r = PGGAN(**GROWING | {'batches': {'4': 2, '8': 2, '16': 2}, 'batch_size': {4: 4, 8: 4, 16: 2}, 'widths': {'4': 8, '8': 6, '16': 3}})
+        def after_step(self, trainer):
+            sizes.append(trainer.images)
+
+    r = PGGAN(
+        **GROWING
+        | {'batches': {'4': 2, '8': 2, '16': 2}, 'batch_size': {4: 4, 8: 4, 16: 2}, 'widths': {'4': 8, '8': 6, '16': 3}}
+    )
     r.fit(data, callbacks=[Watch()], progress=False)
     assert np.diff([0, *sizes]).tolist() == [4, 4, 4, 4, 2, 2]
     assert r.nets['G'].blocks[1][0].bias.shape == (3,)
@@ -281,23 +336,31 @@ def test_no_growth_batch_sizes_and_widths_by_resolution(data):
 @pytest.mark.parametrize('name', ['dcgan', 'skrgan', 'dualgan'])
 def test_a_map_style_dataset_of_dictionaries_is_training_data(name, data):
     class Own(torch.utils.data.Dataset):
-        def __len__(self): return len(data)
-        def __getitem__(self, i): return {k: data[i][k] for k in ('image', 'mask')}
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, i):
+            return {k: data[i][k] for k in ('image', 'mask')}
+
     config = {'dcgan': PAIR, 'skrgan': SKR, 'dualgan': DUAL}[name]
     r = RECIPES[name](**config).fit(Own(), progress=False)
     assert r.sample(2)['image'].shape == (2, 3, 16, 16)
 
 
-@pytest.mark.parametrize('bad', [[1, 2], 3, {'image': 1}, iter([]), torch.utils.data.DataLoader([1, 2])], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    'bad', [[1, 2], 3, {'image': 1}, iter([]), torch.utils.data.DataLoader([1, 2])], ids=lambda v: type(v).__name__
+)
 def test_what_is_no_data_is_refused_in_a_line(bad, tmp_path):
-    with pytest.raises((ValueError, TypeError)) as e: DCGAN(**PAIR).fit(bad, tmp_path / 'run', progress=False)
+    with pytest.raises((ValueError, TypeError)) as e:
+        DCGAN(**PAIR).fit(bad, tmp_path / 'run', progress=False)
     assert one_line(e) and not (tmp_path / 'run').exists()
 
 
 def test_the_default_moves_nothing():
     for name, cls in RECIPES.items():
         if name in ('skrgan', 'dualgan', 'dcgan', 'acgan', 'wgan', 'wgan_gp', 'pggan'):
-            for scale in cls.presets: assert cls.presets[scale].get('augment', 'none') == 'none'
+            for scale in cls.presets:
+                assert cls.presets[scale].get('augment', 'none') == 'none'
     assert DCGAN(**PAIR).config['augment'] == 'none' and SkrGAN(**SKR).config['augment'] == 'none'
 
 

@@ -1,4 +1,5 @@
 "Phantoms: seeded, sized, and anatomically what they say they are."
+
 from itertools import pairwise
 
 import cv2
@@ -14,7 +15,8 @@ KINDS = list(PHANTOMS)
 SEEDS = range(6)
 
 
-def ids(kind): return {name: i for i, name in enumerate(PHANTOMS[kind].classes)}
+def ids(kind):
+    return {name: i for i, name in enumerate(PHANTOMS[kind].classes)}
 
 
 def draw(kind, seed, size=256):
@@ -31,7 +33,7 @@ def test_contract(kind, size):
     assert s['mask'].shape == (size, size) and s['mask'].dtype == torch.int64
     assert s['image'].min() >= -1 and s['image'].max() <= 1 and torch.isfinite(s['image']).all()
     assert s['mask'].min() >= 0 and s['mask'].max() < len(spec.classes)
-    assert s['image'].std() > .1
+    assert s['image'].std() > 0.1
     assert spec.classes[0] == 'background' and len(spec.colours) == len(spec.classes)
     assert len(np.unique(spec.colours, axis=0)) == len(spec.classes)
 
@@ -77,12 +79,15 @@ def test_leaves_global_generators_alone(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_same_anatomy_at_every_size(kind):
     at = {size: phantom(kind, size, seed=7) for size in (64, 256, 1024)}
-    def shrink(s): return torch.nn.functional.interpolate(s['image'][None], 64, mode='area')[0]
+
+    def shrink(s):
+        return torch.nn.functional.interpolate(s['image'][None], 64, mode='area')[0]
+
     other = phantom(kind, 64, seed=8)['image']
     same = max((shrink(at[size]) - at[64]['image']).abs().mean() for size in (256, 1024))
-    assert same < .03 and same < .3 * (other - at[64]['image']).abs().mean()
+    assert same < 0.03 and same < 0.3 * (other - at[64]['image']).abs().mean()
     large = torch.as_tensor(shrink_mask(at[1024]['mask'].numpy(), 64, len(PHANTOMS[kind].classes)).astype(int))
-    assert (large == at[64]['mask']).float().mean() > .93
+    assert (large == at[64]['mask']).float().mean() > 0.93
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -90,12 +95,12 @@ def test_seeds_differ(kind):
     drawn = [phantom(kind, 64, seed=s) for s in range(8)]
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
-            assert (a['image'] - b['image']).abs().mean() > .03
-            assert (a['mask'] != b['mask']).float().mean() > .02
+            assert (a['image'] - b['image']).abs().mean() > 0.03
+            assert (a['mask'] != b['mask']).float().mean() > 0.02
 
 
 def test_any_integer_is_a_seed_of_its_own():
-    seeds = (5, -5, 2**32 + 5, 2**63 - 5, 2**63 + 5, -2**63 + 5, 2**64 + 5, 10**40)
+    seeds = (5, -5, 2**32 + 5, 2**63 - 5, 2**63 + 5, -(2**63) + 5, 2**64 + 5, 10**40)
     assert len({phantom('fundus', 32, s)['image'].numpy().tobytes() for s in seeds}) == len(seeds)
 
 
@@ -111,8 +116,8 @@ def test_vessels_reach_the_disc():
         vessel, disc = mask == k['vessel'], mask == k['disc']
         _, parts = cv2.connectedComponents((vessel | disc).astype(np.uint8), connectivity=8)
         main = np.bincount(parts[disc]).argmax()
-        assert ((parts == main) & vessel).sum() > .85 * vessel.sum(), seed
-        assert .05 < vessel.mean() < .2
+        assert ((parts == main) & vessel).sum() > 0.85 * vessel.sum(), seed
+        assert 0.05 < vessel.mean() < 0.2
 
 
 def test_vessels_thin_out_with_order_and_start_at_the_disc():
@@ -122,10 +127,10 @@ def test_vessels_thin_out_with_order_and_start_at_the_disc():
         tree, _vein = fundus_vessels(rng, eye)
         shown = tree.width[:, 0] > 0
         width = [tree.width[shown & (tree.order == o)].mean() for o in range(4)]
-        assert all(a > 1.1*b for a, b in pairwise(width)), width
+        assert all(a > 1.1 * b for a, b in pairwise(width)), width
         trunk = tree.order == 0
         assert np.linalg.norm(tree.points[trunk, 0] - eye['disc'], axis=1).max() < eye['radius']
-        assert tree.width[trunk][:8][1::2].mean() > tree.width[trunk][:8][::2].mean() # veins are wider than arteries
+        assert tree.width[trunk][:8][1::2].mean() > tree.width[trunk][:8][::2].mean()  # veins are wider than arteries
 
 
 def test_arcades_arch_above_and_below_the_macula():
@@ -134,15 +139,15 @@ def test_arcades_arch_above_and_below_the_macula():
         eye = fundus_anatomy(rng)
         tree, _ = fundus_vessels(rng, eye)
         up, down = tree.points[:2, :, 1], tree.points[4:6, :, 1]
-        assert (up.min(1) < eye['fovea'][1] - .3*eye['unit']).all()
-        assert (down.max(1) > eye['fovea'][1] + .3*eye['unit']).all()
+        assert (up.min(1) < eye['fovea'][1] - 0.3 * eye['unit']).all()
+        assert (down.max(1) > eye['fovea'][1] + 0.3 * eye['unit']).all()
 
 
 def test_fovea_dark_disc_bright():
     for seed in SEEDS:
         image, mask, k = draw('fundus', seed)
         green = image[1]
-        assert green[mask == k['disc']].mean() > green[(mask == 0) & (image[0] > -.6)].mean() + .2
+        assert green[mask == k['disc']].mean() > green[(mask == 0) & (image[0] > -0.6)].mean() + 0.2
         ys, xs = np.nonzero(mask == k['macula'])
         y, x = int(ys.mean()), int(xs.mean())
         ring = np.hypot(*(np.mgrid[:256, :256] - np.array([y, x])[:, None, None]))
@@ -156,8 +161,8 @@ def test_two_lungs(kind):
         image, mask, k = draw(kind, seed)
         middle = np.nonzero(mask == k['spine' if kind == 'chest_xray' else 'vertebra'])[1].mean()
         xs = np.nonzero(mask == k['lung'])[1]
-        assert .3 < (xs < middle).mean() < .7
-        assert image[0][mask == k['lung']].mean() < image[0][mask == k['body']].mean() - .2
+        assert 0.3 < (xs < middle).mean() < 0.7
+        assert image[0][mask == k['lung']].mean() < image[0][mask == k['body']].mean() - 0.2
 
 
 def test_heart_leans_left_and_lies_between_the_lungs():
@@ -165,16 +170,16 @@ def test_heart_leans_left_and_lies_between_the_lungs():
         _, mask, k = draw('chest_xray', seed)
         x = {name: np.nonzero(mask == i)[1] for name, i in k.items()}
         assert x['lung'].min() < x['heart'].min() < x['spine'].mean() < x['heart'].mean() < x['lung'].max()
-        assert .35 < (x['rib'] < x['spine'].mean()).mean() < .65
+        assert 0.35 < (x['rib'] < x['spine'].mean()).mean() < 0.65
 
 
 def test_ct_order_from_front_to_back():
     for seed in SEEDS:
         _, mask, k = draw('lung_ct', seed)
         y = {name: np.nonzero(mask == k[name])[0].mean() for name in ('mediastinum', 'vertebra')}
-        assert y['mediastinum'] < y['vertebra'] # the spine is below: the patient lies on it
+        assert y['mediastinum'] < y['vertebra']  # the spine is below: the patient lies on it
         body = cv2.morphologyEx((mask > 0).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((9, 9), np.uint8))
-        assert cv2.connectedComponents(body)[0] == 2 # everything lies in one body
+        assert cv2.connectedComponents(body)[0] == 2  # everything lies in one body
         assert (mask == k['vessel']).sum() > 150
 
 
@@ -187,7 +192,7 @@ def test_mr_contrasts_have_the_right_order():
         assert t1[0] > t1[1] > t1[2] and t1ce[0] > t1ce[1] > t1ce[2]
         assert t2[0] < t2[1] < t2[2]
         assert flair[2] < flair[0] < flair[1]
-        assert (image[:, mask == 0] == -1).all() # skull-stripped: nothing but black outside the brain
+        assert (image[:, mask == 0] == -1).all()  # skull-stripped: nothing but black outside the brain
 
 
 def test_tumour_parts():
@@ -198,9 +203,9 @@ def test_tumour_parts():
         grown = cv2.dilate((mask == core).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
         assert set(np.unique(mask[grown])) == {rim, core}
         t1, t1ce, t2, flair = image.transpose(2, 0, 1)
-        assert t1ce[mask == rim].mean() > t1[mask == rim].mean() + .3
+        assert t1ce[mask == rim].mean() > t1[mask == rim].mean() + 0.3
         healthy = mask == names['white']
-        assert flair[mask == oedema].mean() > flair[healthy].mean() + .15
+        assert flair[mask == oedema].mean() > flair[healthy].mean() + 0.15
         assert t2[mask == oedema].mean() > t2[healthy].mean() and t1[mask == oedema].mean() < t1[healthy].mean()
         _, healthy_mask = draw_brain_mri(np.random.default_rng(seed), 256, tumour=False)
         assert healthy_mask.max() < oedema
@@ -215,6 +220,9 @@ def test_small_mask_keeps_thin_structures():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match='fundus, chest_xray, lung_ct, brain_mri'): phantom('knee')
-    with pytest.raises(ValueError, match='nearest is 128'): phantom('fundus', 100)
-    with pytest.raises(ValueError, match='power of two'): phantom('fundus', 2048)
+    with pytest.raises(ValueError, match='fundus, chest_xray, lung_ct, brain_mri'):
+        phantom('knee')
+    with pytest.raises(ValueError, match='nearest is 128'):
+        phantom('fundus', 100)
+    with pytest.raises(ValueError, match='power of two'):
+        phantom('fundus', 2048)

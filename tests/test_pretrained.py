@@ -1,4 +1,5 @@
 "Packaged renderers: found, whole, and answering to strokes"
+
 import sys
 import types
 
@@ -29,9 +30,10 @@ def eye_strokes(without=None):
     d = Drawing(256)
     t = np.linspace(0, 1, 20)
     for k in range(8):
-        if k == without: continue
-        turn = 2 * np.pi * k / 8 + .4 * t * (-1)**k
-        d.add(Stroke('pen', tuple(zip(.5 + .42 * t * np.cos(turn), .5 + .42 * t * np.sin(turn))), .014))
+        if k == without:
+            continue
+        turn = 2 * np.pi * k / 8 + 0.4 * t * (-1) ** k
+        d.add(Stroke('pen', tuple(zip(0.5 + 0.42 * t * np.cos(turn), 0.5 + 0.42 * t * np.sin(turn))), 0.014))
     return d.sketch()
 
 
@@ -48,8 +50,8 @@ def test_each_renders_what_its_card_says(name):
     r = load(name)
     c = r.config
     image = r.render(torch.zeros(1, 1, c['size'], c['size']))
-    assert image.shape == (1, c['channels'], c['size'], c['size']) and image.isfinite().all() and image.std() > .05
-    assert c == recipe_class('skrgan')(**PRETRAINED[name].config).config          # the command on the card makes this network
+    assert image.shape == (1, c['channels'], c['size'], c['size']) and image.isfinite().all() and image.std() > 0.05
+    assert c == recipe_class('skrgan')(**PRETRAINED[name].config).config  # the command on the card makes this network
     quick = r.for_drawing().render(torch.zeros(1, 1, c['size'], c['size']))
     assert (quick - image).abs().max() < 2e-3
 
@@ -62,14 +64,15 @@ def test_a_vessel_that_is_erased_goes_and_the_rest_stays(vessel):
 
 def test_a_vessel_that_is_drawn_darkens_the_image_where_it_runs():
     r, before, after = load('fundus'), eye_strokes(without=0), eye_strokes()
-    along = torch.from_numpy((after - before)[0] > .5)
+    along = torch.from_numpy((after - before)[0] > 0.5)
     green = lambda s: r.render(s)[0, 1]
-    assert (green(after) - green(before))[along].mean() < -.02
+    assert (green(after) - green(before))[along].mean() < -0.02
 
 
 def test_unlike_images_of_another_modality():
     "Each renderer's image of a phantom's own sketch is nearer to that phantom than the other phantoms are"
     from medsketch.sketch import sobel_sketch
+
     for name in ('lung_ct', 'brain_mri'):
         r = load(name)
         ds = phantom_data(name, 6, r.config['size'], seed=77).batch(range(6))['image']
@@ -80,85 +83,117 @@ def test_unlike_images_of_another_modality():
 
 
 def test_where_weights_are_looked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv('MEDSKETCH_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setenv('MEDSKETCH_CACHE', str(tmp_path / 'cache'))
     monkeypatch.chdir(tmp_path)
     save = lambda path, **kw: recipe_class('skrgan')(size=32, **TINY, **kw).save(path)
-    save(tmp_path/'cache/weights/mine.safetensors', seed=1)
+    save(tmp_path / 'cache/weights/mine.safetensors', seed=1)
     assert load('mine').config['seed'] == 1
-    save(tmp_path/'mine', seed=2)
-    assert load('mine').config['seed'] == 2                                       # a path comes before the cache
-    save(tmp_path/'fundus', seed=3)
-    assert find_weights('fundus').parent == pretrained.WEIGHTS                    # and the package before both
+    save(tmp_path / 'mine', seed=2)
+    assert load('mine').config['seed'] == 2  # a path comes before the cache
+    save(tmp_path / 'fundus', seed=3)
+    assert find_weights('fundus').parent == pretrained.WEIGHTS  # and the package before both
     assert medsketch.load('mine').config['seed'] == 2
-    with pytest.raises(AttributeError): medsketch.lode()
+    with pytest.raises(AttributeError):
+        medsketch.lode()
 
 
 def test_weights_from_the_hub(tmp_path, monkeypatch):
-    recipe_class('skrgan')(size=32, seed=4, **TINY).save(tmp_path/'weights.safetensors')
+    recipe_class('skrgan')(size=32, seed=4, **TINY).save(tmp_path / 'weights.safetensors')
     asked = []
+
     def hf_hub_download(*args):
         asked.append(args)
-        if args[0] == 'nobody/nothing': raise OSError('404 not found\nlong story')
-        return str(tmp_path/'weights.safetensors')
+        if args[0] == 'nobody/nothing':
+            raise OSError('404 not found\nlong story')
+        return str(tmp_path / 'weights.safetensors')
+
     monkeypatch.setitem(sys.modules, 'huggingface_hub', types.SimpleNamespace(hf_hub_download=hf_hub_download))
     assert load('someone/eyes').config['seed'] == 4 and asked == [('someone/eyes', 'weights.safetensors')]
-    with pytest.raises(ValueError, match='could not be fetched from the Hub .404 not found.'): load('nobody/nothing')
+    with pytest.raises(ValueError, match='could not be fetched from the Hub .404 not found.'):
+        load('nobody/nothing')
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-    with pytest.raises(ValueError, match=r"pip install 'medsketch\[hub\]'"): load('someone/eyes')
+    with pytest.raises(ValueError, match=r"pip install 'medsketch\[hub\]'"):
+        load('someone/eyes')
     for odd in ('kidney', './no/where', '/no/where'):
-        with pytest.raises(ValueError, match='no weights are called'): load(odd)
+        with pytest.raises(ValueError, match='no weights are called'):
+            load(odd)
 
 
 def test_a_renderer_alone_says_that_it_draws_no_sketches(tmp_path):
     r = load('fundus')
-    with pytest.raises(ValueError, match='hold no G_S'): r.sample(1)
-    r.save(tmp_path/'again.safetensors', half=True)
-    again = load_recipe(tmp_path/'again.safetensors')
+    with pytest.raises(ValueError, match='hold no G_S'):
+        r.sample(1)
+    r.save(tmp_path / 'again.safetensors', half=True)
+    again = load_recipe(tmp_path / 'again.safetensors')
     x = torch.from_numpy(eye_strokes())
     assert torch.equal(again.render(x), r.render(x))
 
 
 def test_half_the_file_and_the_same_image(tmp_path):
     r = recipe_class('skrgan')(size=32, **TINY | {"ngf": 16})
-    for n, half in (('whole', False), ('half', True)): r.save(tmp_path/n, half=half)
-    assert (tmp_path/'half').stat().st_size < .6 * (tmp_path/'whole').stat().st_size
+    for n, half in (('whole', False), ('half', True)):
+        r.save(tmp_path / n, half=half)
+    assert (tmp_path / 'half').stat().st_size < 0.6 * (tmp_path / 'whole').stat().st_size
     x = torch.rand(2, 1, 32, 32)
-    assert (load_recipe(tmp_path/'half').render(x) - load_recipe(tmp_path/'whole').render(x)).abs().max() < 2 / 255
+    assert (load_recipe(tmp_path / 'half').render(x) - load_recipe(tmp_path / 'whole').render(x)).abs().max() < 2 / 255
 
 
 def run(*args):
-    with pytest.raises(SystemExit) as e: main(list(map(str, args)))
+    with pytest.raises(SystemExit) as e:
+        main(list(map(str, args)))
     return e.value.code
 
 
 def test_pretraining_again_is_one_command(tmp_path, monkeypatch, capsys):
-    small = TINY | {"size": 64, "channels": 1, "style": 'lung_ct', "hand": True, "augment": 'turn', "render_steps": 3, "batch_size": 2}
-    few = pretrained.Pretrained(lambda folder, size: phantom_data('lung_ct', 8, size), small, 'eight phantoms', 'Apache 2.0', 'phantom', 'None.')
+    small = TINY | {
+        "size": 64,
+        "channels": 1,
+        "style": 'lung_ct',
+        "hand": True,
+        "augment": 'turn',
+        "render_steps": 3,
+        "batch_size": 2,
+    }
+    few = pretrained.Pretrained(
+        lambda folder, size: phantom_data('lung_ct', 8, size), small, 'eight phantoms', 'Apache 2.0', 'phantom', 'None.'
+    )
     monkeypatch.setitem(PRETRAINED, 'lung_ct', few)
-    assert run('pretrain', 'lung_ct', '--out', tmp_path/'run') == 0
-    text = (tmp_path/'run/lung_ct.md').read_text()
+    assert run('pretrain', 'lung_ct', '--out', tmp_path / 'run') == 0
+    text = (tmp_path / 'run/lung_ct.md').read_text()
     assert 'medsketch pretrain lung_ct --out RUN' in text and '| sharp |' in text and 'Edit effect' in text
-    assert load_recipe(tmp_path/'run/lung_ct.safetensors').learned == {'G_P'}
-    assert run('pretrain', 'lung_ct', '--out', tmp_path/'run') == 0               # a finished run is taken up, not begun again
-    assert run('pretrain', 'kidney', '--out', tmp_path/'x') == 1
+    assert load_recipe(tmp_path / 'run/lung_ct.safetensors').learned == {'G_P'}
+    assert run('pretrain', 'lung_ct', '--out', tmp_path / 'run') == 0  # a finished run is taken up, not begun again
+    assert run('pretrain', 'kidney', '--out', tmp_path / 'x') == 1
     assert "no packaged renderer is called 'kidney'" in capsys.readouterr().err
 
 
 def test_training_by_hand_resumes_bit_for_bit(tmp_path):
     data = phantom_data('fundus', 6, 32)
-    make = lambda steps: recipe_class('skrgan')(size=32, variants=True, augment='turn', batch_size=2, render_steps=steps, style='fundus', **TINY)
+    make = lambda steps: recipe_class('skrgan')(
+        size=32, variants=True, augment='turn', batch_size=2, render_steps=steps, style='fundus', **TINY
+    )
     whole = make(6).fit(data, stages=('render',), progress=False)
     first = make(6)
-    class Stop(Exception): pass
+
+    class Stop(Exception):
+        pass
+
     from medsketch.train import callbacks
+
     save = callbacks.Checkpoint.save
+
     def stop(self, trainer):
         save(self, trainer)
-        if trainer.step == 3: raise Stop
+        if trainer.step == 3:
+            raise Stop
+
     callbacks.Checkpoint.save = stop
     try:
-        with pytest.raises(Stop): first.fit(data, tmp_path/'run', stages=('render',), every=3, progress=False)
-    finally: callbacks.Checkpoint.save = save
-    second = make(6).fit(data, tmp_path/'run', stages=('render',), every=3, progress=False)
-    for a, b in zip(whole.nets['G_P'].state_dict().values(), second.nets['G_P'].state_dict().values()): assert torch.equal(a, b)
-    assert load_recipe(tmp_path/'run').learned == {'G_P'}
+        with pytest.raises(Stop):
+            first.fit(data, tmp_path / 'run', stages=('render',), every=3, progress=False)
+    finally:
+        callbacks.Checkpoint.save = save
+    second = make(6).fit(data, tmp_path / 'run', stages=('render',), every=3, progress=False)
+    for a, b in zip(whole.nets['G_P'].state_dict().values(), second.nets['G_P'].state_dict().values()):
+        assert torch.equal(a, b)
+    assert load_recipe(tmp_path / 'run').learned == {'G_P'}

@@ -1,4 +1,5 @@
 """The package as a whole: it imports cleanly, its pages keep the house rules and are fit to be read, its site shows."""
+
 import ast
 import json
 import os
@@ -69,7 +70,7 @@ def test_a_tutorial_says_what_it_takes(path):
 
 def test_the_index_lists_tutorials_first_and_every_page_once_at_least():
     text = "".join("".join(c["source"]) for c in cells(ROOT / "nbs/index.ipynb", "markdown"))
-    linked = re.findall(r"\]\(([^)#]+\.ipynb)", text[text.index("## The map"):])
+    linked = re.findall(r"\]\(([^)#]+\.ipynb)", text[text.index("## The map") :])
     assert set(linked) == {p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS} - {"index.ipynb"}
     modules = next(i for i, p in enumerate(linked) if p.startswith("01_phantoms/"))
     assert {p for p in linked[:modules] if p.startswith("tutorials/")} >= {f"tutorials/{p.name}" for p in TUTORIALS}
@@ -134,17 +135,20 @@ def fake_project(tmp_path, monkeypatch, module, source):
     monkeypatch.setattr(house, "root", tmp_path)
 
 
-@pytest.mark.parametrize(("module", "source", "broken"), [
-    ("train/x.py", "from ..evaluate.metrics import swd", True),
-    ("train/x.py", "def f():\n    from medsketch import evaluate", True),
-    ("train/x.py", "import medsketch.recipes.base", True),
-    ("data/x.py", "from .. import sketch", True),
-    ("evaluate/x.py", "from ..recipes.skrgan import SkrGAN", True),
-    ("evaluate/x.py", "from ..recipes import SkrGAN", True),
-    ("evaluate/x.py", "from ..recipes.base import recipe_class", False),
-    ("recipes/x.py", "from ..train import stages\nfrom .base import Recipe\nimport torch.train", False),
-    ("core.py", "from .data import ImageData", True),
-])
+@pytest.mark.parametrize(
+    ("module", "source", "broken"),
+    [
+        ("train/x.py", "from ..evaluate.metrics import swd", True),
+        ("train/x.py", "def f():\n    from medsketch import evaluate", True),
+        ("train/x.py", "import medsketch.recipes.base", True),
+        ("data/x.py", "from .. import sketch", True),
+        ("evaluate/x.py", "from ..recipes.skrgan import SkrGAN", True),
+        ("evaluate/x.py", "from ..recipes import SkrGAN", True),
+        ("evaluate/x.py", "from ..recipes.base import recipe_class", False),
+        ("recipes/x.py", "from ..train import stages\nfrom .base import Recipe\nimport torch.train", False),
+        ("core.py", "from .data import ImageData", True),
+    ],
+)
 def test_the_rule_on_imports_sees_every_spelling(tmp_path, monkeypatch, module, source, broken):
     fake_project(tmp_path, monkeypatch, module, source)
     assert bool(house.upward_imports()) == broken
@@ -158,11 +162,17 @@ def test_the_rule_on_functions_counts_bodies(tmp_path, monkeypatch):
     assert house.long_functions() == ["medsketch/core2.py f: 41 lines"]
 
 
-@pytest.mark.parametrize(("text", "found"), [
-    ("It is told where the vessels are.", True), ("They cannot be told apart.", False),
-    ("Held-out images, held back by subject.", False), ("What it is held against.", True),
-    ("Run `--set held=true` and\n```sh\ntold\n```", False), ("See [this](judge.ipynb).", False),
-])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It is told where the vessels are.", True),
+        ("They cannot be told apart.", False),
+        ("Held-out images, held back by subject.", False),
+        ("What it is held against.", True),
+        ("Run `--set held=true` and\n```sh\ntold\n```", False),
+        ("See [this](judge.ipynb).", False),
+    ],
+)
 def test_the_rule_on_words_reads_prose_only(text, found):
     hits = [w for w in house.HOUSE_WORDS if re.search(rf"\b{w}\b", house.prose(text), re.IGNORECASE)]
     assert bool(hits) == found
@@ -177,8 +187,10 @@ NINE = {  # the nine changes that no test noticed once, in small: source, a line
     "rate tenfold": ("opt = Adam(p, lr=part * rate)\n", "opt = Adam(p, lr=10 * (part * rate))"),
     "rate of a part tenfold": ("opt = adam(names, part=.1)\n", "opt = adam(names, part=1.0)"),
     "decay removed": ("fit(before=[PolyDecay(lr)])\n", "fit(before=[])"),
-    "queue fed by the query network": ("def f(nets, x):\n    k = nets.K.encoder(x)\n    return nets.E(x), k\n",
-                                       "k = nets.E(x)"),
+    "queue fed by the query network": (
+        "def f(nets, x):\n    k = nets.K.encoder(x)\n    return nets.E(x), k\n",
+        "k = nets.E(x)",
+    ),
     "copies against the reference": ("s = score_images(real, fake, train=data)\n", "s = score_images(real, fake)"),
 }
 

@@ -32,7 +32,7 @@ def like_init(
 ) -> dict: # arguments
     "The arguments that shape the networks which are taken over"
     import inspect
-    from medsketch.recipes.weights import file_header, weights_file
+    from medsketch.train.weights import file_header, weights_file
     from medsketch.train.stages import read_config
     known, found = inspect.signature(cls).parameters, {}
     for network, path in (init.items() if isinstance(init, dict) else [('', init)]):
@@ -46,4 +46,4 @@ def like_init(
 def _networks(path):
     "Names of the networks in a weights file"
     from safetensors import safe_open
-    with safe_open(path, 'pt') as f: return {k.partition('.')[0] for k in f.keys()} # noqa: SIM118
+    with safe_open(path, 'pt') as f: return {k.partition('.')[0] for k in f.keys()}

@@ -181,7 +181,7 @@ def settings_of(
     pairs, # ['ngf=32', 'augment=mirror']
 ) -> dict: # {'ngf': 32, 'augment': 'mirror'}
     "What `--set` says; of a name given twice, the last. Raises `ValueError` for anything that is not name=value"
-    from medsketch.recipes.weights import RENAMED
+    from medsketch.train.weights import RENAMED
     out = {}
     for p in pairs or ():
         k, eq, v = (part.strip() for part in p.partition('='))

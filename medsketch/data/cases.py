@@ -139,8 +139,8 @@ MASK_FOLDERS = ('masks', 'labels', 'labelstr', 'labelsts', 'labelsval', '1st_man
                 'segmentation', 'groundtruth', 'ground_truth', 'gt', 'mask',
                 'label') # in this order, where there are several
 MASK_WORDS = 'masks?|seg|segmentation|labels?|gt|groundtruth|ground_truth|manual\\d*|annotation|lesion'
-MASK_END = re.compile(rf'[_\- ]({MASK_WORDS})([_\- ]?\d+)?$', re.I)
-IMAGE_END = re.compile(r'[_\- ](image|img|training|test|original)$', re.I)
+MASK_END = re.compile(rf'[_\- ]({MASK_WORDS})([_\- ]?\d+)?$', re.IGNORECASE)
+IMAGE_END = re.compile(r'[_\- ](image|img|training|test|original)$', re.IGNORECASE)
 
 def bare(name):
     "A stem without what marks an image or a mask"

@@ -96,7 +96,7 @@ def _kernel_sums(x, y, u, v, diagonal=True, rows=1024):
 
 # %% ../../nbs/07_evaluate/03_distances.ipynb #67c9d2d8
 def _knn_radii(x, k, rows=1024):
-    """Distance of each point to its k-th nearest neighbour in the same set, by the arithmetic that measures the other set:
+    """Distance of each point to its k-th nearest neighbour in the same set, by the arithmetic of the other set:
     scikit-learn's differs in the last digit, and points on the edge of a ball fall out of it"""
     def radius(i):
         d = torch.cdist(x[i:i + rows], x)

@@ -9,7 +9,7 @@ __all__ = ['PHANTOMS', 'Phantom', 'shrink_mask', 'phantom']
 import hashlib
 import zlib
 from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable
 
 import cv2
 import numpy as np

@@ -8,7 +8,6 @@ __all__ = ['RECIPES', 'as_data', 'sized', 'Drawing', 'ManySamples', 'Saving', 'P
 
 # %% ../../nbs/06_recipes/00_base.ipynb #b64b3ce1
 import copy
-import inspect
 import json
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import torch
 from ..core import check_size, default_device, keep_memory, sample_grid, scale, torch_rng
 from ..data import ImageData, as_image_data, load_images
 from ..data.batches import AUGMENT, Batches
-from ..train.weights import about, file_header, read_weights, start_from, take_up, weights_file, write_weights
+from ..train.weights import file_header, read_weights, start_from, take_up, weights_file, write_weights
+from .arguments import check_arguments
 from ..sketch import add_sketches
 from ..train.callbacks import Ema, Fade
 from ..train.growth import Growth
@@ -261,10 +261,6 @@ class Checks:
         "Raises `ValueError` naming the first argument that does not fit"
         c = self.config
         check_size(c['size'], least=least)
-        losses = (inspect.signature(type(self)).parameters['loss'].default, 'relativistic') if 'loss' in c else ()
-        if losses and c['loss'] not in losses: raise ValueError(f"loss is {c['loss']!r}; use {' or '.join(losses)}")
-        if c['augment'] not in AUGMENT:
-            raise ValueError(f"augment is {c['augment']!r}; use one of {', '.join(AUGMENT)}")
         sizes = c['batch_size'].values() if isinstance(c['batch_size'], dict) else [c['batch_size']]
         for k, v in [*((k, c[k]) for k in positive), *(('batch_size', v) for v in sizes)]:
             if v < 1: raise ValueError(f"{k}={v}: at least 1 is needed")
@@ -298,7 +294,7 @@ class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks)
 
     def __init__(self, **config): # all keyword arguments of the subclass
         keep_memory()
-        self.config, self.nets, self.ema = config, {}, None
+        self.config, self.nets, self.ema = check_arguments(type(self), config), {}, None
         self.fade = None      # a growing recipe's `Fade`: the size grown to
         self.learned = set()  # names of the networks that were trained or loaded
 

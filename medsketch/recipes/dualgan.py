@@ -198,7 +198,7 @@ class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
     def __init__(self,
                  size:int=256, # side of images and masks, pixels (power of two from 16); the paper's is 512 (§IV)
                  channels:int=3, # of the images: 3 colour, 1 grey, or the number of modalities
-                 classes:int|None=None, # of the masks and the background; found in the data. 2: all above 0 is foreground
+                 classes:int|None=None, # of masks and background; found in the data. 2: all above 0 is foreground
                  latent_dim:int=100, # length of the noise
                  ngf:int=64, # feature maps of the outermost level of G_M and G_P
                  ngf_max:int|None=None, # and of the widest; 8 * ngf if not given

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from ..core import PALETTE, check_size, png_bytes, save_png, sketch_to_uint8
-from .ink import Picture, Sheet, Stroke, paint, smooth
+from .ink import Picture, Sheet, Stroke, paint
 
 # %% ../../nbs/08_studio/01_strokes.ipynb #2463290a
 MOST_ACTIONS = 20_000 # of a drawing: more than anybody draws, and a bound for files from elsewhere

@@ -123,7 +123,8 @@ class Adversarial(Game):
               ) -> list:
         "The phases of the game"
         lazy = [Phase('R1', self.penalty, opt_d, every=self.every)] if self.r1 else []
-        return [Phase(self.names[0], self.g, opt_g, every=critic), Phase(self.names[1], self.d, opt_d), *lazy]
+        G, D = self.names
+        return [Phase(G, self.g, opt_g, every=critic, lazy=False), Phase(D, self.d, opt_d), *lazy]
 
     def callbacks(self,
                   images:int, # that training will see

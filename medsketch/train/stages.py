@@ -79,7 +79,6 @@ def open_run(
 ):
     "Make the folder and its config.json, or check that what is there is this very run. Raises `ValueError` if not"
     if not make_accelerator().is_main_process: return  # of several processes the first decides
-    sweep(out)
     config = dict(recipe=recipe.name, config=recipe.config, data=data.fingerprint(), images=len(data), **more)
     before = read_config(out)
     if before and not resume: raise ValueError(f"{out} holds a run already: resume it, or choose another output folder")
@@ -140,7 +139,10 @@ def newest_checkpoint(
 # %% ../../nbs/05_train/05_stages.ipynb #aa4392d3
 class Made(Callback):
     "How many steps were made since training was taken up"
-    def before_fit(self, trainer): self.first = trainer.step
+    def __init__(self, folder=None): self.folder = folder
+    def before_fit(self, trainer):
+        self.first = trainer.step
+        if self.folder: sweep(Path(self.folder).parent)  # the stage's folder is locked now
     def after_fit(self, trainer): trainer.made = trainer.step - self.first
 
 def train_stage(
@@ -169,7 +171,7 @@ def train_stage(
     if folder:
         around += [CsvLog(Path(folder)/'log.csv', extra=columns), Checkpoint(checks, every, best=best, meta=meta)]
     if log_with: around.append(Track(config=json.loads((meta or {}).get('config', '{}'))))
-    around += [Made(), *([Progress(label=label)] if progress else [])]
+    around += [Made(folder), *([Progress(label=label)] if progress else [])]
     logs = dict(log_with=log_with, log_folder=folder and Path(folder)/'logs')
     trainer = Trainer(nets, phases, data, around, **logs, **kwargs)
     trainer.fit(steps)

@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass, replace
 from operator import index
 from types import SimpleNamespace
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast
-from torch import nn
 
 from ..core import default_device, keep_memory, seed_everything
 
