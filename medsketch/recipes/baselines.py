@@ -8,7 +8,6 @@ __all__ = ['Variant', 'GANDrawing', 'GAN', 'DCGAN', 'folder_classes', 'pseudo_cl
 
 # %% ../../nbs/06_recipes/02_baselines.ipynb #d1a425b8
 import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 

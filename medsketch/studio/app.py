@@ -53,7 +53,7 @@ def serve(
 ) -> int: # exit status of the server
     "Serve the drawing app until interrupted. Raises `ValueError` for unusable weights or ports, or `ImportError`"
     find_weights(recipe)
-    try: import voila
+    try: import voila # noqa: F401
     except ImportError: raise ImportError("the studio is served by Voila: pip install 'medsketch[lab]'") from None
     port = free_port(host, port)
     recipe = str(Path(recipe).resolve()) if Path(recipe).exists() else recipe
@@ -100,7 +100,7 @@ def lab(
     port:int=8888, # JupyterLab takes the next one if it is taken
 ) -> int: # exit status of the server
     "Open JupyterLab on a copy of the notebooks. Raises `ImportError` without JupyterLab"
-    try: import jupyterlab
+    try: import jupyterlab # noqa: F401
     except ImportError: raise ImportError("JupyterLab is missing: pip install 'medsketch[lab]'") from None
     n = copy_notebooks(folder)
     copied = f'{n} notebooks and pictures copied to {folder}'
