@@ -5,5 +5,5 @@ from .others import as_image_data
 from .planes import ImageData, join, phantom_data, split_by_subject
 from .summary import contact_sheet, summarise
 
-__all__ = ["Augment", "Batches", "ImageData", "as_image_data", "cache_dir", "contact_sheet", "flip_lr", "flip_rotate", "join",
-           "load_images", "phantom_data", "split_by_subject", "summarise"]
+__all__ = ["Augment", "Batches", "ImageData", "as_image_data", "cache_dir", "contact_sheet", "flip_lr", "flip_rotate",
+           "join", "load_images", "phantom_data", "split_by_subject", "summarise"]

@@ -67,7 +67,8 @@ def _line(e):
     "What an exception says, in one line"
     return ' '.join(str(e).split())[:200] or type(e).__name__
 
-_READS = {'pretrained', 'url', 'path', 'file', 'filename', 'dir', 'folder', 'checkpoint', 'ckpt', 'weights', 'download', 'cache'}
+_READS = {'pretrained', 'url', 'path', 'file', 'filename', 'dir', 'folder', 'checkpoint', 'ckpt', 'weights',
+          'download', 'cache'}
 
 def _no_files(name, value, key=''):
     "Raise `ValueError` where an argument asks for a file or a download"

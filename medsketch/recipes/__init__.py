@@ -4,4 +4,5 @@ from medsketch.recipes.baselines import ACGAN, DCGAN, PGGAN, WGAN, WGANGP
 from medsketch.recipes.dualgan import DualGAN
 from medsketch.recipes.skrgan import SkrGAN
 
-__all__ = ["ACGAN", "DCGAN", "PGGAN", "RECIPES", "WGAN", "WGANGP", "DualGAN", "Recipe", "SkrGAN", "load_recipe", "recipe_class"]
+__all__ = ["ACGAN", "DCGAN", "PGGAN", "RECIPES", "WGAN", "WGANGP", "DualGAN", "Recipe", "SkrGAN", "load_recipe",
+           "recipe_class"]
