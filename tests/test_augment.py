@@ -225,7 +225,7 @@ def test_augmented_hands_on_what_is_no_plane():
     aug = DiffAugment('cutout', kinds=('picture', 'sketch'), fill=(5., 9.))
     Augmented(D, aug)(x, s, .5, alpha=.25)
     (image, sketch, fade), options = calls[0]
-    assert fade == .5 and options == dict(alpha=.25)
+    assert fade == .5 and options == {'alpha': .25}
     assert torch.equal(image[:, :1] == 5, sketch == 9) and (sketch == 9).any()
     Augmented(D, None)(x, .5)
     assert calls[1][0][0] is x
@@ -240,8 +240,8 @@ def test_policies_by_name():
 
 
 @pytest.mark.parametrize('bad, says', [
-    (dict(policy='rotate'), "no augmentation is called 'rotate'; use one of none, sketch"),
-    (dict(p=1.2), 'p=1.2'), (dict(p=-.1), 'p=-0.1'), (dict(target=1.), 'target=1.0')])
+    ({'policy': 'rotate'}, "no augmentation is called 'rotate'; use one of none, sketch"),
+    ({'p': 1.2}, 'p=1.2'), ({'p': -.1}, 'p=-0.1'), ({'target': 1.}, 'target=1.0')])
 def test_refusals(bad, says):
     with pytest.raises(ValueError, match=says) as e: DiffAugment(**bad)
     assert '\n' not in str(e.value)
@@ -333,8 +333,8 @@ def small_training(folder, steps, seed=0):
         def __iter__(self): return self
         def __next__(self):
             self.position += 4
-            return dict(image=torch.ones(4, 1, 8, 8))
-    trainer = Trainer(dict(D=D), [Phase('D', loss, torch.optim.Adam(D.parameters(), .01))], Data(),
+            return {'image': torch.ones(4, 1, 8, 8)}
+    trainer = Trainer({'D': D}, [Phase('D', loss, torch.optim.Adam(D.parameters(), .01))], Data(),
                       [Adapt(aug, every=3, kimg=.1), Checkpoint(folder, every=100)], seed=seed)
     trainer.fit(steps)
     return D, aug
