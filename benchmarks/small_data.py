@@ -1,11 +1,12 @@
-"""What pays on small data: one sketch generator and one DCGAN on 29 and 155 real views, 64 px, the same number of steps.
+"""What pays on small data: one sketch generator and one DCGAN on 29 and 155 real views, 64 px, the same steps each.
 
-    python benchmarks/small_data.py train --data DIR            # every cell that has no result yet, one thread, no GPU needed
+    python benchmarks/small_data.py train --data DIR                      # every cell without a result, on one thread
     python benchmarks/small_data.py train --data DIR --only skrgan/155/   # only the cells whose name begins so
-    python benchmarks/small_data.py report                      # table.json and strips.jpg from the results
+    python benchmarks/small_data.py report                                # table.json and strips of samples
 
-DIR holds retina/chasedb1 and retina/hrf (CHASE_DB1, Fraz et al. 2012; HRF, Budai et al. 2013), as `medsketch pretrain` wants
-them. Each cell writes NAME.json, NAME.png (64 samples) and NAME.pt (128 samples) under --out; what is there is not made again.
+DIR holds retina/chasedb1 and retina/hrf (CHASE_DB1, Fraz et al. 2012; HRF, Budai et al. 2013), as `medsketch pretrain`
+wants them. Each cell writes NAME.json, NAME.png (64 samples) and NAME.pt (128 samples) under --out; what is there is
+not made again.
 """
 import argparse
 import json
@@ -17,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from medsketch.core import atomic_write, grid, keep_memory, save_png, seed_everything, to_pixels, torch_rng
+from medsketch.core import (
+    atomic_write,
+    grid,
+    keep_memory,
+    save_png,
+    seed_everything,
+    torch_rng,
+)
 from medsketch.data import phantom_data
 from medsketch.evaluate.distances import fid
 from medsketch.evaluate.features import thumbnails
@@ -30,14 +38,17 @@ from medsketch.train.augment import Augmented, DiffAugment
 from medsketch.train.losses import adversarial, r1_penalty
 
 SIZE, SAMPLES = 64, 128
-SKRGAN = dict(system='skrgan', images=155, steps=600, batch=12, latent=64, base=256, most=64, lr=3e-3, betas=(0., .99),
-              loss='logistic', r1=1., r2=0., every=8, policy=None, ada=None, start=None, growth=False)
-DCGAN = SKRGAN | dict(system='dcgan', steps=500, base=16, most=128, lr=1e-3, betas=(.5, .999), r1=0.)
-CONDITIONS = dict(plain={}, diffaug=dict(policy='translate,cutout'), ada=dict(policy='translate,cutout', ada=.6),
-                  relativistic=dict(loss='relativistic', r1=1., r2=1.),
-                  relativistic_diffaug=dict(loss='relativistic', r1=1., r2=1., policy='translate,cutout'),
-                  phantoms=dict(start='phantoms'))
-SETTINGS = dict(growth=dict(growth=True), lr_1e3=dict(lr=1e-3), wide=dict(base=512, most=96), r1_every_16=dict(every=16))
+SKRGAN = {'system': 'skrgan', 'images': 155, 'steps': 600, 'batch': 12, 'latent': 64, 'base': 256, 'most': 64,
+          'lr': 3e-3, 'betas': (0., .99), 'loss': 'logistic', 'r1': 1., 'r2': 0., 'every': 8, 'policy': None,
+          'ada': None, 'start': None, 'growth': False}
+DCGAN = SKRGAN | {'system': 'dcgan', 'steps': 250, 'base': 16, 'most': 128, 'lr': 1e-3, 'betas': (.5, .999), 'r1': 0.}
+
+MOVES, PAIRED = {'policy': 'translate,cutout'}, {'loss': 'relativistic', 'r1': 1., 'r2': 1.}
+CONDITIONS = {'plain': {}, 'diffaug': MOVES, 'ada': MOVES | {'ada': .6}, 'relativistic': PAIRED,
+              'relativistic_diffaug': PAIRED | MOVES, 'relativistic_ada': PAIRED | MOVES | {'ada': .6},
+              'phantoms': {'start': 'phantoms'}}
+SETTINGS = {'growth': {'growth': True}, 'lr_1e3': {'lr': 1e-3}, 'wide': {'base': 512, 'most': 96},
+            'r1_every_16': {'every': 16}}
 
 
 def cells():
@@ -45,18 +56,19 @@ def cells():
     out = {}
     for base in (SKRGAN, DCGAN):
         for n in (155, 29):
-            for name, changes in CONDITIONS.items(): out[f"{base['system']}/{n}/{name}"] = base | changes | dict(images=n)
+            for name, changes in CONDITIONS.items():
+                out[f"{base['system']}/{n}/{name}"] = base | changes | {'images': n}
     return out | {f'skrgan/155/{name}': SKRGAN | changes for name, changes in SETTINGS.items()}
 
 
 # --- data ---
 
 def views(folder):
-    "Real views to train on and to hold back (no subject on both sides), with sketches; and which 29 stand for the small set"
+    "Real views to train on and to hold back (no subject on both sides), with sketches; and the 29 of the small set"
     train, held = (add_sketches(d, style='fundus') for d in pretraining_data('fundus', folder, SIZE))
     rng, photographs = np.random.default_rng(0), sorted(set(train.paths))
     of = {p: [i for i, q in enumerate(train.paths) if q == p] for p in photographs}
-    small = sorted(int(rng.choice(of[p])) for p in rng.permutation(photographs)[:29])  # one view of each of 29 photographs
+    small = sorted(int(rng.choice(of[p])) for p in rng.permutation(photographs)[:29])  # one view of each
     return train, held, small
 
 
@@ -85,7 +97,7 @@ def networks(c):
 
 
 def stage(c, step):
-    "Size and fade of a step: all at the last size, or 4 to 32 px in the first 30 % of the steps, each fading in over half of its share"
+    "Size and fade of a step: all at the last size, or 4 to 32 px in the first 30 % of the steps, each fading in"
     if not c['growth']: return SIZE, 1.
     at, ends = step / c['steps'], (0, .02, .06, .14, .3, 1.)
     i = max(k for k in range(5) if at >= ends[k])
@@ -111,19 +123,19 @@ def d_loss(c, D, seen, aug, real, fake, step):
 
 
 def train(c, x, start=None):
-    "Train a cell on planes `x`; returns G's running mean, both networks' weights, p of the augmentation, seconds a step"
+    "Train a cell on planes `x`; gives G's running mean, both networks' weights, p at the end, seconds a step"
     seed_everything(1)
     G, D = networks(c)
     if start: G.load_state_dict(start['G']), D.load_state_dict(start['D'])
     ema = {k: v.clone() for k, v in G.state_dict().items()}
     opt_g, opt_d = (torch.optim.Adam(n.parameters(), c['lr'], c['betas'], fused=True) for n in (G, D))
-    picture = dict(kinds='picture') if c['system'] == 'dcgan' else dict(kinds='sketch', fill=-1)
+    picture = {'kinds': 'picture'} if c['system'] == 'dcgan' else {'kinds': 'sketch', 'fill': -1}
     aug = DiffAugment(c['policy'], target=c['ada'], **picture) if c['policy'] else None
     began = time.process_time()
     for step in range(c['steps']):
         size, alpha = stage(c, step)
-        fade = {} if c['system'] == 'dcgan' else dict(alpha=alpha)
-        seen = lambda y: Augmented(D, aug)(y, **fade)
+        fade = {} if c['system'] == 'dcgan' else {'alpha': alpha}
+        seen = lambda y, fade=fade: Augmented(D, aug)(y, **fade)
         real = x[torch.randint(len(x), (c['batch'],))]
         real = shrink(torch.where(torch.rand(c['batch'], 1, 1, 1) < .5, real, real.flip(-1)), size, alpha)
         z = torch.randn(c['batch'], c['latent'])
@@ -137,8 +149,8 @@ def train(c, x, start=None):
         if c['ada'] and step % 4 == 3: aug.adapt(4 / (c['steps'] / 4))  # p may go from 0 to 1 in a quarter of the steps
         weight = max(.004, 1 / (step / 10 + 1))
         for k, v in G.state_dict().items(): ema[k].lerp_(v, weight) if v.is_floating_point() else ema[k].copy_(v)
-    return dict(ema=ema, G=G.state_dict(), D=D.state_dict(), p=float(aug.p) if aug else 0.,
-                seconds=(time.process_time() - began) / c['steps'])
+    return {'ema': ema, 'G': G.state_dict(), 'D': D.state_dict(), 'p': float(aug.p) if aug else 0.,
+                'seconds': (time.process_time() - began) / c['steps']}
 
 
 @torch.no_grad()
@@ -188,7 +200,8 @@ def measure(made, trained, real, held, subjects):
     "What the table shows of one cell"
     f, s = scores(made, real, subjects)
     limit = nearest(held, trained).quantile(.05)
-    return dict(fid=f, swd=s, sameness=sameness(made), copies=(nearest(made, trained) < limit).float().mean().item())
+    copies = (nearest(made, trained) < limit).float().mean().item()
+    return {'fid': f, 'swd': s, 'sameness': sameness(made), 'copies': copies}
 
 
 # --- the run ---
@@ -200,16 +213,16 @@ def run(folder, out, only):
     for system in ('skrgan', 'dcgan'):
         real = planes(data, system)
         f, s = scores(None, real, data.subjects)
-        base = dict(fid=f, swd=s, sameness=sameness(real), copies=.05)
+        base = {'fid': f, 'swd': s, 'sameness': sameness(real), 'copies': .05}
         save(out / f'{system}/real', base, real[torch.randperm(len(real), generator=torch_rng(3))[:SAMPLES]])
-    for name, c in cells().items():
+    for name, c in ((n, c) for begins in only for n, c in cells().items() if n.startswith(begins)):
         path = out / name
-        if not name.startswith(only) or path.with_suffix('.json').exists(): continue
+        if path.with_suffix('.json').exists(): continue
         real, spare = planes(data, c['system']), planes(held, c['system'])
         done = train(c, real[pick[c['images']]], pretrained(c, out))
         made = draw(c, done['ema'])
         row = measure(made, real[pick[c['images']]], real, spare, data.subjects)
-        save(path, row | dict(p=done['p'], seconds=done['seconds'], settings=c), made)
+        save(path, row | {'p': done['p'], 'seconds': done['seconds'], 'settings': c}, made)
         print(name, {k: round(v, 3) for k, v in row.items()}, f"{done['seconds'] * 1e3:.0f} ms a step", flush=True)
 
 
@@ -218,7 +231,7 @@ def pretrained(c, out):
     if c['start'] != 'phantoms': return None
     path = out / f"{c['system']}/phantom_weights.pt"
     if not path.exists():
-        plain = (SKRGAN if c['system'] == 'skrgan' else DCGAN) | dict(steps=c['steps'])
+        plain = (SKRGAN if c['system'] == 'skrgan' else DCGAN) | {'steps': c['steps']}
         done = train(plain, phantoms(c['system']))
         with atomic_write(path) as f: torch.save({k: done[k] for k in 'GD'}, f)
     return torch.load(path, weights_only=True)
@@ -226,7 +239,7 @@ def pretrained(c, out):
 
 def save(path, row, samples):
     "Samples, their picture, and then the numbers, so that numbers mean that all is there"
-    kind = dict(kind='sketch') if samples.shape[1] == 1 else {}
+    kind = {'kind': 'sketch'} if samples.shape[1] == 1 else {}
     shown = (samples + 1) / 2 if kind else samples
     with atomic_write(path.with_suffix('.pt')) as f: torch.save(samples.half(), f)
     save_png(path.with_suffix('.png'), grid(shown[:64], 16, **kind))
@@ -248,7 +261,7 @@ def report(out):
 def strip(out, name, n=16):
     "One row of samples under its name"
     x = torch.load(out / f'{name}.pt', weights_only=True).float()[:n]
-    row = grid(((x + 1) / 2) if x.shape[1] == 1 else x, n, **(dict(kind='sketch') if x.shape[1] == 1 else {}))
+    row = grid(((x + 1) / 2) if x.shape[1] == 1 else x, n, **({'kind': 'sketch'} if x.shape[1] == 1 else {}))
     label = Image.new('RGB', (row.shape[1], 16), 'white')
     ImageDraw.Draw(label).text((2, 2), name, fill='black')
     return np.concatenate([np.asarray(label), row, np.full((4, row.shape[1], 3), 255, np.uint8)])
@@ -259,7 +272,7 @@ def main():
     p.add_argument('what', choices=('train', 'report'))
     p.add_argument('--data', type=Path, help='folder with retina/chasedb1 and retina/hrf')
     p.add_argument('--out', type=Path, default=Path('runs/small_data'))
-    p.add_argument('--only', default='', help='cells whose name begins so')
+    p.add_argument('--only', nargs='*', default=[''], help='cells whose name begins so, in this order')
     a = p.parse_args()
     if a.what == 'train' and a.data is None: p.error('train needs --data')
     if a.what == 'train': run(a.data, a.out, a.only)
