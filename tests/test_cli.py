@@ -699,3 +699,16 @@ def test_a_mistyped_run_is_not_looked_up(medsketch, tmp_path, monkeypatch):
     for name in ("runs/skrgna", "./runs/x", "/no/where", "a/b/c", "~/x/nowhere", "runs/x.safetensors"):
         status, _, err = medsketch(f"sample {name} --out x")
         assert status == 1 and "does not exist" in err and err.count("\n") == 1
+
+
+def test_instances_can_be_inspected_and_masks_that_are_not_needed_are_not_read(medsketch, photos, tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+    for i in range(4):
+        Image.open(photos / f"eye{i}.png").save(tmp_path / f"set/images/{i}.png")
+        ids = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32)  # a thousand instances
+        Image.fromarray(ids).save(tmp_path / f"set/masks/{i}.png")
+    status, out, err = medsketch(f"inspect {tmp_path}/set --size 32 --out {tmp_path}/sheet.png")
+    assert (status, err) == (0, "") and "instances" in out and (tmp_path / "sheet.png").exists()
+    status, out, err = medsketch(f"train dcgan --data {tmp_path}/set --out {tmp_path}/run --steps 1 {SMALL}")
+    assert (status, err) == (0, "") and "masks not needed" in out

@@ -64,12 +64,14 @@ def sketch(src:str=typer.Argument(help="folder of images"),
     if not n: raise ValueError(f"none of the {len(cases)} images in {src} could be sketched")
     tell(f'{n} sketches in {out}')
 
-# %% ../../nbs/11_cli/02_data.ipynb #353c57eb
+# %% ../../nbs/11_cli/02_data.ipynb #95d8cc57
 def understood(
     ds, # an `ImageData`
     brief:bool=True, # two lines, or everything
+    masks:bool=True, # were masks looked for?
 ) -> list: # of lines
     "What was understood of a data set"
+    if not masks: return [line.replace('no masks', 'masks not needed') for line in understood(ds, brief)]
     try: from medsketch.data import summarise
     except ImportError: summarise = None
     if summarise: return list((summarise(ds).brief if brief else summarise(ds).lines)())
@@ -86,8 +88,14 @@ def _sheet(data, out):
     if here == source or source in here.parents: here = Path(tempfile.gettempdir())
     names = (here/f"contact-sheet{f'-{i}' if i else ''}.png" for i in range(10**6))
     return next(p for p in names if not p.exists())
+def _with_masks(data, size, channels):
+    "The data with its masks, read as ids of instances if they are too many for classes"
+    try: return load_source(data, size, channels, option='the folder')
+    except ValueError as e:
+        if 'instances' not in str(e): raise
+        return load_source(data, size, channels, masks='instances', option='the folder')
 
-# %% ../../nbs/11_cli/02_data.ipynb #662be3ad
+# %% ../../nbs/11_cli/02_data.ipynb #b4e0c63a
 def inspect(data:str=typer.Argument(help="folder of images, or phantoms:fundus and the like"),
             size:int=typer.Option(256, help="side of the images, pixels"),
             channels:int=typer.Option(None, help="1 grey, 3 colour; the data's if not given"),
@@ -98,7 +106,7 @@ def inspect(data:str=typer.Argument(help="folder of images, or phantoms:fundus a
     from medsketch.data import contact_sheet
     check_count('--n', n, 1, 1000)
     sheet = _sheet(data, out)
-    ds = load_source(data, size, channels, option='the folder')
+    ds = _with_masks(data, size, channels)
     tell('\n'.join(map(shown, understood(ds, brief=False))))
     with disk(lambda: 'nothing is written'): save_png(sheet, contact_sheet(ds, n))
     tell(f'a contact sheet is in {sheet}')

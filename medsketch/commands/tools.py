@@ -19,8 +19,8 @@ from pathlib import Path
 
 from typer.core import TyperCommand
 
-# %% ../../nbs/11_cli/01_tools.ipynb #ac0bd347
-PLAIN = {'×': 'x', '²': '2', '³': '3', '↓': '(low is best)', '↑': '(high is best)', '·': '-', '±': '+-',
+# %% ../../nbs/11_cli/01_tools.ipynb #a0c7d4a4
+PLAIN = {'×': 'x', '²': '^2', '³': '^3', '↓': '(low is best)', '↑': '(high is best)', '·': '-', '±': '+-',
          '−': '-', '–': '-', '—': '-', '…': '...', '°': ' deg', 'γ': 'gamma', 'λ': 'lambda', '√': 'sqrt', '→': '->'}
 
 def _plain(e):
@@ -195,7 +195,7 @@ def _value(text):
     try: return json.loads(text)
     except (json.JSONDecodeError, RecursionError): return text
 
-# %% ../../nbs/11_cli/01_tools.ipynb #4329bc11
+# %% ../../nbs/11_cli/01_tools.ipynb #a50f8d00
 def apart(
     out, # where results will go
     *inputs, # folders and files that are read
@@ -207,7 +207,7 @@ def apart(
     for source in filter(None, inputs):
         at = Path(os.path.realpath(Path(source).expanduser()))
         if real == at: raise ValueError(f"{out} is both input and output: choose another folder for the results")
-        if deep and at.is_dir() and at in real.parents:
+        if deep and at in real.parents:
             raise ValueError(f"{out} lies inside {source}, where it would be read as input: choose a folder outside")
     return place
 

@@ -129,7 +129,7 @@ def _agree(out, cls, asked, config, noted):
         if same(a, b): continue
         raise ValueError(f"{out} was started with {k} {a}, not {b}: leave it out, or choose another --out")
 
-# %% ../../nbs/11_cli/05_train.ipynb #065d41ba
+# %% ../../nbs/11_cli/05_train.ipynb #455e8d1d
 def scoring(
     job:Job,
     recipe, # that is trained
@@ -148,12 +148,9 @@ def scoring(
         def after_step(self, trainer):
             if self.draws is None: self.draws = _draws(draw)
             if self.draws: super().after_step(trainer)
-    class Names(Callback):
-        "The names of scores that will come"
-        scores = tuple(names)
-    where = Where.__new__(Where)
+    where, names_to_come = Where.__new__(Where), type('Names', (Callback,), dict(scores=tuple(names)))()
     vars(where).update(vars(found))
-    return [where, Names()]
+    return [where, names_to_come]
 
 def _draws(draw):
     "Are there images to score yet?"
@@ -200,7 +197,7 @@ def fresh_start(
             if there is None: out.rmdir()
         raise
 
-# %% ../../nbs/11_cli/05_train.ipynb #5be2ef1b
+# %% ../../nbs/11_cli/05_train.ipynb #4182885d
 def carry_out(job:Job, resume:bool):
     "Read, say what was understood, train"
     from medsketch.commands.plan import Forecast, announce, steps_for
@@ -211,7 +208,7 @@ def carry_out(job:Job, resume:bool):
     settings = with_int_keys(job.settings | dict(channels=ds.channels))
     say = tell if acc.is_main_process else lambda *_: None
     if acc.is_main_process: report(ds.skipped)
-    say('\n'.join(map(shown, understood(ds))))
+    say('\n'.join(map(shown, understood(ds, masks=uses_masks(job) is None))))
     if job.minutes:
         n = steps_for(job.minutes, job.cls, settings, ds, stages=job.stages, mixed_precision=job['precision'])
         settings |= with_int_keys(job.cls.steps_each(n, settings['size']))
