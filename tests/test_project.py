@@ -115,7 +115,7 @@ def test_the_sidebar_takes_new_pages_into_their_section(tmp_path):
     (tmp_path / "nbs/05_train/.ipynb_checkpoints/06_more-checkpoint.ipynb").touch()
     found = sidebar.contents(tmp_path / "nbs")
     assert all(p in found[section] for p, section in new.items())
-    assert "checkpoint" not in sidebar.sidebar(tmp_path / "nbs")
+    assert "06_more-checkpoint" not in sidebar.sidebar(tmp_path / "nbs")
     (tmp_path / "nbs/12_other.ipynb").touch()
     with pytest.raises(ValueError, match=r"12_other\.ipynb"):
         sidebar.contents(tmp_path / "nbs")

@@ -101,11 +101,11 @@ Summary.lines, Summary.brief, Summary.__str__ = lines, brief, lambda self: '\n'.
 def overlay(
     pixels:np.ndarray, # (H, W, 3) uint8
     mask:np.ndarray, # (H, W) class ids, 0 = background
-    colours=PALETTE, # (K, 3) uint8
+    colours=None, # (K, 3) uint8; `PALETTE` if not given
     strength:float=.35, # of the colour, 0 … 1
 ) -> np.ndarray: # (H, W, 3) uint8
     "A picture with its mask laid over: tinted inside, a full line at the edge"
-    mask = np.asarray(mask).astype(np.int64)
+    mask, colours = np.asarray(mask).astype(np.int64), PALETTE if colours is None else colours
     tint = np.asarray(colours, np.uint8)[mask % len(colours)]
     edge = np.zeros(mask.shape, bool)
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]

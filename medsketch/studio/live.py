@@ -29,7 +29,7 @@ from ..sketch.variants import mask_strokes
 from ..phantoms import PHANTOMS, phantom
 from ..pretrained import find_weights, load, packaged
 from ..data.readers import image_to_square, read_image
-from ..recipes.base import about
+from ..train.weights import about
 from ..sketch import read_sketch, sobel_sketch
 from .sketchpad import SketchPad
 
