@@ -117,7 +117,7 @@ PRETRAINED = dict(
         'Apache 2.0', 'drawn phantom of a brain MR slice in four contrasts', NO_PATIENT))
 
 # %% ../nbs/09_pretrained.ipynb #2f0562a3
-WEIGHTS = Path(__file__).parent/'weights' if '__file__' in globals() else Path('../../medsketch/weights')
+WEIGHTS = Path(__file__).parent/'weights' if '__file__' in globals() else Path('../medsketch/weights')
 
 def packaged() -> tuple: # names
     "The renderers that came with the package"
