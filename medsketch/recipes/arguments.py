@@ -50,6 +50,7 @@ def fits(
     "Is this value of this type?"
     if kind is bool or isinstance(value, bool): return kind is bool and isinstance(value, bool)
     if kind is int: return isinstance(value, Integral)
+    if kind in (tuple, list): return isinstance(value, (tuple, list))  # JSON makes lists of tuples
     if kind is float: return isinstance(value, Real) and math.isfinite(value)
     return isinstance(value, kind) if isinstance(kind, type) else True
 
