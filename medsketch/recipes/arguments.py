@@ -110,9 +110,11 @@ def check_arguments(
     config:dict, # its arguments, all or some of them
 ) -> dict: # the same
     "Raises `ValueError` naming the first argument that is unknown, of another type, or out of range"
-    known = {k: p for k, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD}
-    if odd := [k for k in config if k not in known]:
+    known = inspect.signature(cls).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())  # a class that does not say what it takes
+    if not anything and (odd := [k for k in config if k not in known]):
         name = getattr(cls, 'name', '') or cls.__name__
         raise ValueError(f"recipe {name} has no argument {odd[0]!r}; there are: {', '.join(known)}")
-    for k, v in config.items(): check_argument(k, v, known[k].annotation, known[k].default)
+    for k, v in config.items():
+        if k in known: check_argument(k, v, known[k].annotation, known[k].default)
     return config
