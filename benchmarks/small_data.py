@@ -40,8 +40,8 @@ from medsketch.train.losses import adversarial, r1_penalty
 SIZE, SAMPLES = 64, 128
 SKRGAN = {'system': 'skrgan', 'images': 155, 'steps': 600, 'batch': 12, 'latent': 64, 'base': 256, 'most': 64,
           'lr': 3e-3, 'betas': (0., .99), 'loss': 'logistic', 'r1': 1., 'r2': 0., 'every': 8, 'policy': None,
-          'ada': None, 'start': None, 'growth': False}
-DCGAN = SKRGAN | {'system': 'dcgan', 'steps': 250, 'base': 16, 'most': 128, 'lr': 1e-3, 'betas': (.5, .999), 'r1': 0.}
+          'ada': None, 'start': None, 'growth': False, 'norm': 'batch'}
+DCGAN = SKRGAN | {'system': 'dcgan', 'steps': 800, 'base': 16, 'most': 128, 'lr': 1e-3, 'betas': (.5, .999), 'r1': 0.}
 
 MOVES, PAIRED = {'policy': 'translate,cutout'}, {'loss': 'relativistic', 'r1': 1., 'r2': 1.}
 CONDITIONS = {'plain': {}, 'diffaug': MOVES, 'ada': MOVES | {'ada': .6}, 'relativistic': PAIRED,
@@ -58,7 +58,9 @@ def cells():
         for n in (155, 29):
             for name, changes in CONDITIONS.items():
                 out[f"{base['system']}/{n}/{name}"] = base | changes | {'images': n}
-    return out | {f'skrgan/155/{name}': SKRGAN | changes for name, changes in SETTINGS.items()}
+    out |= {f'skrgan/155/{name}': SKRGAN | changes for name, changes in SETTINGS.items()}
+    return out | {'dcgan/155/no_norm': DCGAN | {'norm': 'none', 'r1': 1.},
+                  'dcgan/155/relativistic_no_norm': DCGAN | PAIRED | {'norm': 'none'}}
 
 
 # --- data ---
@@ -90,7 +92,8 @@ def networks(c):
     "G and D of a cell"
     torch.manual_seed(0)
     if c['system'] == 'dcgan':
-        return DCGenerator(SIZE, 3, c['latent'], c['base'], c['most']), DCDiscriminator(SIZE, 3, c['base'], c['most'])
+        return (DCGenerator(SIZE, 3, c['latent'], c['base'], c['most']),
+                DCDiscriminator(SIZE, 3, c['base'], c['most'], norm=c['norm']))
     G, D = PGGenerator(SIZE, 1, c['latent'], c['base'], c['most']), PGDiscriminator(SIZE, 1, c['base'], c['most'])
     for layer in G.to_image: torch.nn.init.constant_(layer.bias, -1.)  # starts from white paper
     return G, D
