@@ -80,7 +80,7 @@ def _check_choice(name, value, default):
     losses = dict.fromkeys((default, 'relativistic')) if name == 'loss' else ()
     names = dict(augment=AUGMENT, style=STYLES, loss=losses).get(name)
     if names and value not in names: raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(str, names))}")
-    if name == 'diffaugment': policy_by_name(value)
+    if name.startswith('diffaugment'): policy_by_name(value)
 
 def check_argument(
     name:str,

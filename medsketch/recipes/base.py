@@ -20,6 +20,7 @@ from ..train.weights import file_header, read_weights, start_from, take_up, weig
 from .arguments import check_arguments
 from ..sketch import add_sketches
 from ..train.callbacks import Ema, Fade
+from ..train.checkpoints import TrainingDiverged
 from ..train.growth import Growth
 from ..train.stages import choose, newest_checkpoint, note_frozen, open_run, read_config, train_stage
 from ..train.trainer import make_accelerator
@@ -215,7 +216,7 @@ def _paths(init): return {k: str(p) for k, p in init.items()} if isinstance(init
 # %% ../../nbs/06_recipes/00_base.ipynb #a84a81ff
 class Stepping:
     "One stage of it"
-    def _train(self, stage, out, folder, **kwargs):
+    def _train(self, stage, out, folder, meta, **kwargs):
         "Train one stage: how many steps were made"
         pick = lambda names: {n: self.nets[n] for n in names}
         if out: note_frozen(out, stage.name, pick(stage.frozen))
@@ -224,8 +225,11 @@ class Stepping:
         try:
             trainer = train_stage(pick(stage.learns), stage.phases, stage.batches(), stage.steps, folder,
                                   stage.callbacks, self.ema, stage.draw, columns=stage.columns,
-                                  frozen=pick(stage.frozen), label=stage.name, **kwargs)
+                                  frozen=pick(stage.frozen), label=stage.name, meta=meta, **kwargs)
             return trainer.made
+        except TrainingDiverged:
+            self._take_up(stage, folder, meta)  # the last good weights
+            raise
         finally: self._settle()
 
     def _settle(self):

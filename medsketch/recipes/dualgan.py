@@ -16,7 +16,7 @@ from ..models.dcgan import DCDiscriminator, DCGenerator
 from ..models.factory import make_network
 from ..models.patchgan import PatchDiscriminator
 from ..models.unet import UNetRenderer
-from ..train.adversarial import Adversarial, RenderLosses, adaptive, augmenter
+from ..train.adversarial import Adversarial, RenderLosses, augmenter
 from .base import Recipe, sized
 from ..sketch.masks import clean_masks, mask_planes, plane_masks, soften
 from ..train.stages import Stage
@@ -110,13 +110,13 @@ class DualGANStages:
                      refresh=dict(G_M=self.feed_noise))
 
     def render_stage(self, data, more=None):
-        c, aug = self.config, augmenter(self.config['diffaugment'], self.config['ada'])
+        c, aug = self.config, augmenter(self.config['diffaugment_pair'])
         pairs = data if more is None else join(data, more)
         phases = RenderLosses(c['lam'], augment=aug).phases(self._adam('G_P'), self._adam('D_P'))
         stream, steps = lambda: self._batches(pairs, c['seed'] + 1, 'render'), c['render_steps']
         return Stage('render', ('G_P', 'D_P'), phases, steps, stream, average=('G_P',),
-                     callbacks=adaptive(aug, self.images(steps)), draw=lambda: self.rendered(pairs),
-                     refresh=dict(G_P=self.feed(pairs)), meta=dict(more=more.fingerprint() if more else None))
+                     draw=lambda: self.rendered(pairs), refresh=dict(G_P=self.feed(pairs)),
+                     meta=dict(more=more.fingerprint() if more else None))
 
 # %% ../../nbs/06_recipes/03_dualgan.ipynb #cd7b945b
 class DualGANParts:
@@ -210,7 +210,8 @@ class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
                  lam:float=100., # weight of L1 in Stage II (pix2pix)
                  loss:str='logistic', # of Stage I: the paper's 'logistic', or 'relativistic' against mode collapse
                  r1:float=1., # γ of the R1 penalty on D_M; 0 for none
-                 diffaugment:str|None=None, # in front of both discriminators: 'translate,cutout' or others
+                 diffaugment:str|None=None, # in front of D_M: 'translate,cutout' or others of `train.augment`
+                 diffaugment_pair:str|None=None, # the same in front of D_P; image and planes are moved together
                  ada:float|None=None, # adaptive: the sign of D on real images to aim at, usually 0.6
                  soft:float=.5, # blur of the masks that D_M sees, pixels; 0 for none
                  speck:int|None=None, # islands with fewer pixels go; an eighth of the side if not given, 0 keeps all
