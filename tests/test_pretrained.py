@@ -149,7 +149,7 @@ def test_pretraining_again_is_one_command(tmp_path, monkeypatch, capsys):
         "size": 64,
         "channels": 1,
         "style": 'lung_ct',
-        "hand": True,
+        "variants": True,
         "augment": 'turn',
         "render_steps": 3,
         "batch_size": 2,

@@ -19,7 +19,7 @@ def readme_text() -> str:
     nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and c.source.startswith(ON_PAGE_ONLY))]
     for c in nb.cells:
         if c.cell_type == "code":
-            c.outputs = [o for o in c.outputs if "image/png" not in o.get("data", {})]
+            c.outputs = [o for o in c.outputs if not {"image/png", "image/jpeg"} & set(o.get("data", {}))]
     nb.metadata.language_info = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\]\((?!https?:)([^)]+\.ipynb)", rf"]({PAGES}/nbs/\1", text)

@@ -243,6 +243,7 @@ class Stepping:
         for n in stage.learns: self.nets[n].load_state_dict(state['nets'][n])
         self.ema = Ema(refresh=stage.refresh, **{n: self.nets[n] for n in stage.average})
         self.ema.load_state_dict(next(s for k, s in state['callbacks'].items() if k.startswith('Ema')))
+        for avg in self.ema.nets.values(): avg.to(self.device, memory_format=torch.channels_last)  # as in training
         if state['step'] >= stage.steps: self.ema.reestimate()
         if self.fade in stage.callbacks: self.fade.jump(state['step'])
         self.learned |= set(stage.learns)
@@ -280,7 +281,8 @@ class Checks:
         "The growth that the arguments `batches`, `start` and `batch_size` ask for; outside of training all of it"
         c = self.config
         sizes = c['batch_size'] if isinstance(c['batch_size'], dict) else None
-        self.fade = Fade(Growth(c['size'], c['batches'], c['start'], batch_size=sizes))
+        self.growth = Growth(c['size'], c['batches'], c['start'], batch_size=sizes)
+        self.fade = Fade(self.growth)
         self.fade.jump()
 
 # %% ../../nbs/06_recipes/00_base.ipynb #0f0cfa7c
