@@ -115,7 +115,7 @@ class DualGANStages:
         phases = RenderLosses(c['lam'], augment=aug).phases(self._adam('G_P'), self._adam('D_P'))
         stream, steps = lambda: self._batches(pairs, c['seed'] + 1, 'render'), c['render_steps']
         return Stage('render', ('G_P', 'D_P'), phases, steps, stream, average=('G_P',),
-                     draw=lambda: self.rendered(pairs), refresh=dict(G_P=self.feed(pairs)),
+                     draw=lambda: self.rendered(pairs), refresh=dict(G_P=self.feed(data)),
                      meta=dict(more=more.fingerprint() if more else None))
 
 # %% ../../nbs/06_recipes/03_dualgan.ipynb #cd7b945b
