@@ -137,25 +137,10 @@ def scoring(
 ) -> list: # of callbacks
     "Callbacks that score while training. Raises `ValueError` for scores that there are not"
     if not job['evaluate']: return []
-    from medsketch.evaluate.callback import Evaluate, evaluate_during
-    from medsketch.train.callbacks import Callback
+    from medsketch.evaluate.callback import evaluate_during
     names = split_names('--evaluate', job['evaluate'])
     draw = lambda n, seed: recipe.averaged().sample(n, seed=seed)
-    found = evaluate_during(draw, data, names, job['features'], every=job['every'])
-    class Where(Evaluate):
-        "Scores in the stages that draw images"
-        def before_fit(self, trainer): self.scores, self.history, self.draws = {}, [], None
-        def after_step(self, trainer):
-            if self.draws is None: self.draws = _draws(draw)
-            if self.draws: super().after_step(trainer)
-    where, names_to_come = Where.__new__(Where), type('Names', (Callback,), dict(scores=tuple(names)))()
-    vars(where).update(vars(found))
-    return [where, names_to_come]
-
-def _draws(draw):
-    "Are there images to score yet?"
-    try: return 'image' in draw(1, 0)
-    except ValueError: return False
+    return [evaluate_during(draw, data, names, job['features'], every=job['every'])]
 
 # %% ../../nbs/11_cli/05_train.ipynb #94ab50b4
 def check_options(job:Job):
@@ -215,7 +200,7 @@ def carry_out(job:Job, resume:bool):
     r = job.cls(**settings)
     say(f'{r.name} learns {ds.channels} channels of {ds.size} px on {default_device()}')
     callbacks = [*scoring(job, r, ds), *([Forecast(r.fade)] if acc.is_main_process else [])]
-    announce(r, say)
+    announce(r, say, job.stages)
     noted = dict(train=job.options | dict(data=job.data, stages=job.stages, masks=uses_masks(job)))
     r.fit(ds, job.out, resume=resume, stages=job.stages, init=job['init'] if not resume else None, noted=noted,
           every=job['every'], mixed_precision=job['precision'], callbacks=callbacks, best=job['best'],

@@ -158,10 +158,12 @@ class DualGANDrawing:
                n:int, # how many
                seed:int=0, # the same seed gives the same samples
                batch_size:int=16, # drawn at a time
+               first:int=0, # number of the first: n samples from there on
               ) -> dict: # image (n, C, H, W) in [-1, 1], if Stage II was trained; mask (n, H, W) int64
         "Draw masks from noise, and render them"
         self.need('G_M')
-        return self.in_batches(n, batch_size, lambda count, first: self._sample(self.noise(count, seed, first)))
+        draw = lambda count, first: self._sample(self.noise(count, seed, first))
+        return self.in_batches(n, batch_size, draw, first)
 
     def _sample(self, noise):
         mask = self._masks(noise)
@@ -187,7 +189,7 @@ class DualGANDrawing:
 class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
     "Noise to mask to image (Guibas et al. 2017)"
     name = 'dualgan'
-    inference, pairs = ('G_M', 'G_P'), 2
+    inference, pairs, least = ('G_M', 'G_P'), 2, 16
     presets = dict(
         tour=dict(size=32, latent_dim=32, ngf=24, ndf=16, receptive_field=34, lr=1e-3, batch_size=8, mask_steps=600,
                   render_steps=250),
@@ -223,7 +225,6 @@ class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
                  seed:int=0, # of weights, batches and noise
                 ):
         super().__init__(**{k: v for k, v in locals().items() if k not in ('self', '__class__')})
-        self.check(least=16, positive=('mask_steps', 'render_steps'))
         if classes is not None and classes < 2:
             raise ValueError(f"classes={classes}: at least 2 are needed, the background is one")
         self.build()
