@@ -41,7 +41,7 @@ SIZE, SAMPLES = 64, 128
 SKRGAN = {'system': 'skrgan', 'images': 155, 'steps': 600, 'batch': 12, 'latent': 64, 'base': 256, 'most': 64,
           'lr': 3e-3, 'betas': (0., .99), 'loss': 'logistic', 'r1': 1., 'r2': 0., 'every': 8, 'policy': None,
           'ada': None, 'start': None, 'growth': False, 'norm': 'batch'}
-DCGAN = SKRGAN | {'system': 'dcgan', 'steps': 800, 'base': 16, 'most': 128, 'lr': 1e-3, 'betas': (.5, .999), 'r1': 0.}
+DCGAN = SKRGAN | {'system': 'dcgan', 'steps': 500, 'base': 16, 'most': 128, 'lr': 1e-3, 'betas': (.5, .999), 'r1': 0.}
 
 MOVES, PAIRED = {'policy': 'translate,cutout'}, {'loss': 'relativistic', 'r1': 1., 'r2': 1.}
 CONDITIONS = {'plain': {}, 'diffaug': MOVES, 'ada': MOVES | {'ada': .6}, 'relativistic': PAIRED,
