@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from medsketch.core import (
     atomic_write,
@@ -257,7 +257,8 @@ def report(out):
     rows = {n: json.loads((out / f'{n}.json').read_text()) for n in names if (out / f'{n}.json').exists()}
     with atomic_write(out / 'table.json', 'w') as f: json.dump(rows, f, indent=1)
     for part in sorted({'/'.join(n.split('/')[:-1]) for n in rows if n.count('/') == 2}):
-        of = [f"{part.split('/')[0]}/real"] + [n for n in rows if n.startswith(part + '/')]
+        of = [f"{part.split('/')[0]}/real"] + [n for n in rows if n.startswith(part + '/') and not n.endswith('_again')]
+        of = [n for m in of for n in (m, f'{m}_again') if n in rows]  # both seeds one below the other
         strips = [strip(out, n) for n in of]
         with atomic_write(out / f"{part.replace('/', '_')}.jpg") as f:
             Image.fromarray(np.concatenate(strips)).save(f, 'JPEG', quality=80)
@@ -268,7 +269,10 @@ def strip(out, name, n=16):
     x = torch.load(out / f'{name}.pt', weights_only=True).float()[:n]
     row = grid(((x + 1) / 2) if x.shape[1] == 1 else x, n, **({'kind': 'sketch'} if x.shape[1] == 1 else {}))
     label = Image.new('RGB', (row.shape[1], 16), 'white')
-    ImageDraw.Draw(label).text((2, 2), name, fill='black')
+    words = name.split('/')
+    shown = words[-1].replace('_again', ' (second seed)').replace('_', ' ')
+    if len(words) == 3: shown = f'{words[0]} · {words[1]} views · {shown}'
+    ImageDraw.Draw(label).text((2, 2), shown, fill='black', font=ImageFont.load_default(12))
     return np.concatenate([np.asarray(label), row, np.full((4, row.shape[1], 3), 255, np.uint8)])
 
 
