@@ -216,6 +216,12 @@ def test_a_part_of_a_row_is_that_part(make):
         torch.testing.assert_close(part[k], whole[k][4:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('cls, config', [(SkrGAN, SKR), (DualGAN, DUAL)], ids=['skrgan', 'dualgan'])
+def test_threads_that_prepare_batches_change_nothing(data, cls, config):
+    alone, helped = (cls(**config).fit(data, workers=k, progress=False) for k in (0, 3))
+    same(helped.sample(3), alone.sample(3))
+
+
 # --- losses ---
 
 

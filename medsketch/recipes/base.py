@@ -150,6 +150,8 @@ class Saving:
 # %% ../../nbs/06_recipes/00_base.ipynb #1cea13f9
 class Preparing:
     "What a recipe learns from"
+    workers = 0  # threads that prepare the next batches
+
     def prepare(self,
                 data, # whatever the user passed
                 more=None, # further data, for recipes that take some
@@ -162,12 +164,17 @@ class Preparing:
                data, # an `ImageData`
                seed:int, # of order and augmentation
                change=None, # change(batch, rng) -> batch, after the augmentation
+               keys=None, # names of the planes that are needed; all if not given
               ) -> Batches:
         "Batches of the data, moved as the argument `augment` says"
         move, size = AUGMENT[self.config['augment']], self.config['batch_size']
-        def both(batch, rng): return change(move(batch, rng) if move else batch, rng)
+        def prepare(batch, rng):
+            if keys: batch = {k: batch[k] for k in keys}
+            if move: batch = move(batch, rng)
+            return change(batch, rng) if change else batch
         if isinstance(size, dict): size = size[self.config['size']]
-        return Batches(data, size, seed=seed, augment=both if change else move)
+        return Batches(data, size, seed=seed, augment=prepare if keys or change else move, workers=self.workers,
+                       pin=True)
 
     def adam(self,
              *names, # networks that learn together
@@ -193,9 +200,11 @@ class Fitting:
             init=None, # weights to start from: a run's folder or a file, or {network: path}
             more=None, # further data, for recipes that take some
             noted:dict=None, # further entries for config.json, such as where the images lie
+            workers:int=None, # threads that prepare the next batches; if not given, 2 where there is a GPU
             **kwargs, # for `train_stage` (every, progress, callbacks, best) and `Trainer` (mixed_precision, accumulate)
            ):
         "Train stage by stage. Raises `ValueError` if data or run do not fit, `TrainingDiverged` on NaN"
+        self.workers = 2 * (default_device().type == 'cuda') if workers is None else workers
         data, more, notes = self.prepare(data, more)
         todo = self.stages(data, more)
         chosen = choose(todo, stages)

@@ -11,7 +11,6 @@ import torch
 
 from ..core import sample_grid
 from ..data import ImageData, join
-from ..data.batches import AUGMENT, Batches
 from ..models.dcgan import DCDiscriminator, DCGenerator
 from ..models.factory import make_network
 from ..models.patchgan import PatchDiscriminator
@@ -77,13 +76,10 @@ class DualGANData:
 
     def _batches(self, data, seed, stage):
         "Masks become planes where a recipe has its sketch: soft ones for Stage I, which does not need the images"
-        move, soft = AUGMENT[self.config['augment']], self.config['soft'] if stage == 'mask' else 0
-        keys = ('mask',) if stage == 'mask' else ('image', 'mask')
-        def change(batch, rng):
-            batch = {k: v for k, v in batch.items() if k in keys}
-            if move: batch = move(batch, rng)
-            return batch | dict(sketch=soften(mask_planes(batch['mask'], self.config['classes']), soft))
-        return Batches(data, self.config['batch_size'], seed=seed, augment=change)
+        keys, soft = (('mask',), self.config['soft']) if stage == 'mask' else (('image', 'mask'), 0)
+        def planes(x): return soften(mask_planes(x, self.config['classes']), soft)
+        def change(batch, rng): return batch | dict(sketch=planes(batch['mask']))
+        return self.stream(data, seed, change, keys)
 
 # %% ../../nbs/06_recipes/03_dualgan.ipynb #f47ffe29
 class DualGANStages:
