@@ -89,6 +89,7 @@ class Pretrained:
     shows: str # what comes out
     limits: str # for the model card
 
+# %% ../nbs/09_pretrained.ipynb #25117430
 LIMITS = 'For learning and for trying out drawing. What a sketch leaves open is made up. '
 SMALL = dict(latent_dim=16, fmap_base=256, fmap_max=16, variants=True, position=True)  # no sketch pair is trained
 LARGE = SMALL | dict(size=256, ngf_max=128, depth=5, ndf=32, batch_size=4, augment='turn')

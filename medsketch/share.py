@@ -107,6 +107,7 @@ r = medsketch.load('{repo}')          # pip install 'medsketch[hub]'
 - **Made with** medsketch {version}
 """
 
+# %% ../nbs/12_share.ipynb #d1cabf14
 def hub_card(
     run, # a run's folder, or a .safetensors file
     repo:str, # 'user/name' on the Hub
@@ -137,7 +138,7 @@ def _notes(run):
     path = Path(run)/'config.json'
     return json.loads(path.read_text('utf-8')) if path.is_file() else {}
 
-# %% ../nbs/12_share.ipynb #fb11ce29
+# %% ../nbs/12_share.ipynb #14a5fd2e
 def prepare_repo(
     run, # a run's folder, or a .safetensors file
     folder, # where the files go
