@@ -14,7 +14,7 @@ STILL_LONG = {
     "nbs/06_recipes/03_dualgan.ipynb", "nbs/07_evaluate/05_privacy.ipynb", "nbs/07_evaluate/06_segment.ipynb",
     "nbs/07_evaluate/08_downstream.ipynb", "nbs/07_evaluate/09_table.ipynb", "nbs/07_evaluate/10_compare.ipynb",
     "nbs/07_evaluate/11_callback.ipynb", "nbs/08_studio/03_sketchpad.ipynb", "nbs/08_studio/04_live.ipynb",
-    "nbs/09_pretrained.ipynb", "medsketch/evaluate/downstream.py", "medsketch/evaluate/metrics.py",
+    "nbs/09_pretrained.ipynb", "medsketch/evaluate/downstream.py",
     "medsketch/evaluate/privacy.py", "medsketch/export.py", "medsketch/sketch/edges.py", "medsketch/studio/live.py",
     "medsketch/studio/sketchpad.py",
 }
