@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from medsketch.core import (
     atomic_write,
@@ -58,10 +58,11 @@ SKRGAN = {
     'start': None,
     'growth': False,
     'norm': 'batch',
+    'seed': 1,
 }
 DCGAN = SKRGAN | {
     'system': 'dcgan',
-    'steps': 800,
+    'steps': 500,
     'base': 16,
     'most': 128,
     'lr': 1e-3,
@@ -94,7 +95,10 @@ def cells():
         for n in (155, 29):
             for name, changes in CONDITIONS.items():
                 out[f"{base['system']}/{n}/{name}"] = base | changes | {'images': n}
-    out |= {f'skrgan/155/{name}': SKRGAN | changes for name, changes in SETTINGS.items()}
+    for name, changes in SETTINGS.items():
+        out[f'skrgan/155/{name}'] = SKRGAN | changes
+    for name, changes in (CONDITIONS | SETTINGS).items():  # a second seed: how much is chance?
+        out[f'skrgan/155/{name}_again'] = SKRGAN | changes | {'seed': 2}
     return out | {
         'dcgan/155/no_norm': DCGAN | {'norm': 'none', 'r1': 1.0},
         'dcgan/155/relativistic_no_norm': DCGAN | PAIRED | {'norm': 'none'},
@@ -130,7 +134,7 @@ def phantoms(system):
 
 def networks(c):
     "G and D of a cell"
-    torch.manual_seed(0)
+    torch.manual_seed(c['seed'] - 1)
     if c['system'] == 'dcgan':
         return (
             DCGenerator(SIZE, 3, c['latent'], c['base'], c['most']),
@@ -175,7 +179,7 @@ def d_loss(c, D, seen, aug, real, fake, step):
 
 def train(c, x, start=None):
     "Train a cell on planes `x`; gives G's running mean, both networks' weights, p at the end, seconds a step"
-    seed_everything(1)
+    seed_everything(c['seed'])
     G, D = networks(c)
     if start:
         G.load_state_dict(start['G']), D.load_state_dict(start['D'])
@@ -319,7 +323,8 @@ def report(out):
     with atomic_write(out / 'table.json', 'w') as f:
         json.dump(rows, f, indent=1)
     for part in sorted({'/'.join(n.split('/')[:-1]) for n in rows if n.count('/') == 2}):
-        of = [f"{part.split('/')[0]}/real"] + [n for n in rows if n.startswith(part + '/')]
+        of = [f"{part.split('/')[0]}/real"] + [n for n in rows if n.startswith(part + '/') and not n.endswith('_again')]
+        of = [n for m in of for n in (m, f'{m}_again') if n in rows]  # both seeds one below the other
         strips = [strip(out, n) for n in of]
         with atomic_write(out / f"{part.replace('/', '_')}.jpg") as f:
             Image.fromarray(np.concatenate(strips)).save(f, 'JPEG', quality=80)
@@ -330,7 +335,11 @@ def strip(out, name, n=16):
     x = torch.load(out / f'{name}.pt', weights_only=True).float()[:n]
     row = grid(((x + 1) / 2) if x.shape[1] == 1 else x, n, **({'kind': 'sketch'} if x.shape[1] == 1 else {}))
     label = Image.new('RGB', (row.shape[1], 16), 'white')
-    ImageDraw.Draw(label).text((2, 2), name, fill='black')
+    words = name.split('/')
+    shown = words[-1].replace('_again', ' (second seed)').replace('_', ' ')
+    if len(words) == 3:
+        shown = f'{words[0]} · {words[1]} views · {shown}'
+    ImageDraw.Draw(label).text((2, 2), shown, fill='black', font=ImageFont.load_default(12))
     return np.concatenate([np.asarray(label), row, np.full((4, row.shape[1], 3), 255, np.uint8)])
 
 

@@ -87,3 +87,17 @@ def contents(folder):
 
 def one_line(e):
     return "\n" not in str(e.value)
+
+
+def same_runs(a, b):
+    "Configuration, weights, logs, grids and everything in the checkpoints"
+    names = lambda d: sorted(str(p.relative_to(d)) for p in d.rglob('*'))
+    assert names(a) == names(b)  # so no temporary file is left either
+    for name in names(a):
+        x, y = a / name, b / name
+        if x.suffix == '.pt':
+            same(*(torch.load(p, weights_only=True) for p in (x, y)), name)
+        elif x.suffix == '.csv':
+            assert rows(x) == rows(y), name
+        elif x.is_file():
+            assert x.read_bytes() == y.read_bytes(), name

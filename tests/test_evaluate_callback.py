@@ -174,3 +174,21 @@ def test_training_does_not_import_evaluation():
     assert (
         subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
     )
+
+
+@pytest.mark.parametrize(
+    'early', [lambda n, seed: {'sketch': torch.zeros(n, 1, SIZE, SIZE)}, lambda n, seed: no_weights()]
+)
+def test_a_stage_that_draws_no_images_has_no_scores(reals, early, tmp_path):
+    "A sketch stage; a render stage without a sketch generator. The best by a score to come is allowed"
+    evaluate = Evaluate(early, reals, thumbnails(4), metrics=('fid',), every=2)
+    net = nn.Linear(1, 1)
+    loss = lambda nets, batch: nets.G(torch.ones(1, 1)).square().sum()
+    phases = [Phase('G', loss, torch.optim.SGD(net.parameters(), 0.1))]
+    trainer = Trainer({'G': net}, phases, Batches(reals, 8), [evaluate, Checkpoint(tmp_path, best='fid')])
+    trainer.fit(60)
+    assert trainer.scores == {} and evaluate.history == [] and evaluate.state_dict() == {}
+
+
+def no_weights():
+    raise ValueError('these weights hold no G_S')

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -172,6 +173,53 @@ def test_arguments_of_earlier_versions_are_understood(tmp_path):
     back = load_recipe(tmp_path / 'old.safetensors', 'cpu')
     assert back.config == r.config
     same(back.sample(2), r.sample(2))
+
+
+def test_a_run_goes_on_from_its_own_copy_of_init(tmp_path, data):
+    "What it started from may be gone, or be something else by now"
+    SkrGAN(**SKR).fit(data, tmp_path / 'a', progress=False)
+
+    class Stop(Callback):
+        def after_step(self, trainer):
+            if trainer.step == 2:
+                raise KeyboardInterrupt
+
+    through = SkrGAN(**SKR, seed=1).fit(data, tmp_path / 'b', init=tmp_path / 'a', progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        SkrGAN(**SKR, seed=1).fit(data, tmp_path / 'c', init=tmp_path / 'a', progress=False, callbacks=[Stop()])
+    shutil.rmtree(tmp_path / 'a')
+    again = SkrGAN(**SKR, seed=1).fit(data, tmp_path / 'c', progress=False)
+    same(again.sample(3), through.sample(3))
+    same(dict(again.nets['D_P'].state_dict()), dict(through.nets['D_P'].state_dict()))
+    with pytest.raises(ValueError, match='another init .*from: ') as e:
+        SkrGAN(**SKR, seed=1).fit(data, tmp_path / 'c', init=tmp_path / 'elsewhere', progress=False)
+    assert one_line(e)
+
+
+def test_a_damaged_checkpoint_of_an_unfinished_run_is_passed_over_as_init(tmp_path, data):
+    SkrGAN(**SKR | {'batches': 4}).fit(data, tmp_path / 'a', stages=['sketch'], every=4, progress=False)
+    (tmp_path / 'a/weights.safetensors').unlink()
+    newest, before = sorted((tmp_path / 'a/sketch/checkpoints').glob('[0-9]*.pt'))[::-1][:2]
+    want = torch.load(before, weights_only=True)['nets']['D_S']
+    newest.write_bytes(newest.read_bytes()[:-200])
+    b = SkrGAN(**SKR | {'batches': 4}, seed=1)
+    with pytest.warns(UserWarning, match=f'{newest.name} cannot be read'):
+        b.fit(data, init={'D_S': tmp_path / 'a'}, stages=['render'], progress=False)
+    same(dict(b.nets['D_S'].state_dict()), dict(want))
+
+
+@pytest.mark.parametrize('make', [lambda: DCGAN(**PAIR), lambda: SkrGAN(**SKR), lambda: DualGAN(**DUAL)])
+def test_a_part_of_a_row_is_that_part(make):
+    r = make()
+    whole, part = r.sample(7, seed=3), r.sample(3, seed=3, first=4)
+    for k in whole:
+        torch.testing.assert_close(part[k], whole[k][4:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('cls, config', [(SkrGAN, SKR), (DualGAN, DUAL)], ids=['skrgan', 'dualgan'])
+def test_threads_that_prepare_batches_change_nothing(data, cls, config):
+    alone, helped = (cls(**config).fit(data, workers=k, progress=False) for k in (0, 3))
+    same(helped.sample(3), alone.sample(3))
 
 
 # --- losses ---

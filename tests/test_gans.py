@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from faults import contents, die, half_written, killed, one_line, rows, same
+from faults import contents, die, half_written, killed, one_line, rows, same, same_runs
 from PIL import Image
 
 from medsketch.cli import main
@@ -290,19 +290,6 @@ def test_one_class_is_enough(tmp_path):
 
 
 # --- runs ---
-
-
-def same_runs(a, b):
-    names = lambda d: sorted(str(p.relative_to(d)) for p in d.rglob('*'))
-    assert names(a) == names(b)
-    for name in names(a):
-        x, y = a / name, b / name
-        if x.suffix == '.pt':
-            same(*(torch.load(p, weights_only=True) for p in (x, y)), name)
-        elif x.suffix == '.csv':
-            assert rows(x) == rows(y), name
-        elif x.is_file():
-            assert x.read_bytes() == y.read_bytes(), name
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -25,6 +25,7 @@ from faults import (
     one_line,
     rows,
     same,
+    same_runs,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -84,20 +85,6 @@ def through(tmp_path_factory, data):
 
 
 # --- killed runs ---
-
-
-def same_runs(a, b):
-    "Configuration, weights, logs, grids and everything in the checkpoints"
-    names = lambda d: sorted(str(p.relative_to(d)) for p in d.rglob('*'))
-    assert names(a) == names(b)  # so no temporary file is left either
-    for name in names(a):
-        x, y = a / name, b / name
-        if x.suffix == '.pt':
-            same(*(torch.load(p, weights_only=True) for p in (x, y)), name)
-        elif x.suffix == '.csv':
-            assert rows(x) == rows(y), name
-        elif x.is_file():
-            assert x.read_bytes() == y.read_bytes(), name
 
 
 def dying_in(monkeypatch, losses, name, k):

@@ -7,7 +7,6 @@ __all__ = ['CHUNK', 'OWN', 'SKETCHES', 'draw_from', 'files_of', 'open_samples', 
            'write_image', 'render', 'export']
 
 # %% ../../nbs/11_cli/06_draw.ipynb #12efa5cb
-import copy
 import itertools
 import json
 import os
@@ -28,14 +27,7 @@ def draw_from(
     seed:int, # of the row
 ) -> dict: # tensors on the CPU
     "Samples number `first` to `first + n - 1` of a row"
-    part, begun = copy.copy(recipe), []
-    def in_batches(count, batch_size, draw):
-        begun.append(True)
-        return draw(n, first)
-    part.in_batches = in_batches
-    batch = part.sample(n if first == 0 else first + n, seed=seed)
-    if not begun: batch = {k: v[first:first + n] for k, v in batch.items()} # a recipe with a row of its own
-    return {k: v.detach().cpu() for k, v in batch.items()}
+    return {k: v.detach().cpu() for k, v in recipe.sample(n, seed=seed, first=first).items()}
 
 def files_of(
     sample:dict, # one sample: image, sketch, mask or label

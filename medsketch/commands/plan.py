@@ -19,16 +19,14 @@ from .tools import tell
 def announce(
     recipe, # a `Recipe` that is about to be trained
     say=tell, # called with one line
+    only=None, # names of the stages that will be trained; all if not given
 ):
-    "When training begins, say how many steps each stage will take"
-    stages, batch = recipe.stages, recipe.config.get('batch_size')
-    def announced(*data):
-        found = stages(*data)
-        parts = ', '.join(f'{s.steps:,} of stage {s.name}' for s in found if s.steps)
-        images = max(batch.values()) if isinstance(batch, dict) else batch
-        say(f'planned steps: {parts}; batches of {images} images')
-        return found
-    recipe.stages = announced
+    "Say how many steps each stage will take"
+    batch = recipe.config.get('batch_size')
+    stages = [s for s in recipe.stages(None) if s.steps and (not only or s.name in only)]
+    parts = ', '.join(f'{s.steps:,} of stage {s.name}' for s in stages)
+    images = max(batch.values()) if isinstance(batch, dict) else batch
+    say(f'planned steps: {parts}; batches of {images} images')
 
 def in_words(seconds) -> str:
     "A duration for people"

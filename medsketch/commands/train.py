@@ -37,8 +37,8 @@ class Job:
     def __getitem__(self, name): return self.options.get(name, DEFAULTS.get(name))
 
 DEFAULTS = dict(precision='no', every=500, features='thumbnails') # of options that were not given
-NOTED = ('scale', 'steps', 'minutes', 'channels', 'precision', 'every', 'evaluate', 'features', 'best', 'log_with',
-         'init') # options that `config.json` keeps
+NOTED = ('scale', 'steps', 'minutes', 'channels', 'precision', 'workers', 'every', 'evaluate', 'features', 'best',
+         'log_with', 'init') # options that `config.json` keeps
 
 # %% ../../nbs/11_cli/05_train.ipynb #4f54c653
 def default_scale() -> str:
@@ -87,7 +87,7 @@ def _settings(cls, asked, told, options):
 def dry_run(cls, settings):
     "Raises `ValueError` for arguments that do not fit each other; networks are made without memory"
     import torch
-    unable = NotImplementedError, RuntimeError, TypeError, AttributeError # to be made so; told when they are made
+    unable = NotImplementedError, RuntimeError, TypeError, AttributeError # to be made so; said when they are made
     with contextlib.suppress(*unable), torch.device('meta'): cls(**settings)
     return settings
 
@@ -137,25 +137,10 @@ def scoring(
 ) -> list: # of callbacks
     "Callbacks that score while training. Raises `ValueError` for scores that there are not"
     if not job['evaluate']: return []
-    from medsketch.evaluate.callback import Evaluate, evaluate_during
-    from medsketch.train.callbacks import Callback
+    from medsketch.evaluate.callback import evaluate_during
     names = split_names('--evaluate', job['evaluate'])
     draw = lambda n, seed: recipe.averaged().sample(n, seed=seed)
-    found = evaluate_during(draw, data, names, job['features'], every=job['every'])
-    class Where(Evaluate):
-        "Scores in the stages that draw images"
-        def before_fit(self, trainer): self.scores, self.history, self.draws = {}, [], None
-        def after_step(self, trainer):
-            if self.draws is None: self.draws = _draws(draw)
-            if self.draws: super().after_step(trainer)
-    where, names_to_come = Where.__new__(Where), type('Names', (Callback,), dict(scores=tuple(names)))()
-    vars(where).update(vars(found))
-    return [where, names_to_come]
-
-def _draws(draw):
-    "Are there images to score yet?"
-    try: return 'image' in draw(1, 0)
-    except ValueError: return False
+    return [evaluate_during(draw, data, names, job['features'], every=job['every'])]
 
 # %% ../../nbs/11_cli/05_train.ipynb #94ab50b4
 def check_options(job:Job):
@@ -163,6 +148,7 @@ def check_options(job:Job):
     from medsketch.evaluate.callback import DURING, HIGHER
     from medsketch.train.trainer import make_accelerator
     check_count('--every', job['every'])
+    if job['workers'] is not None: check_count('--workers', job['workers'], 0, 256)
     if job['precision'] not in ('no', 'bf16', 'fp16'):
         raise ValueError(f"--precision {job['precision']}: use no, bf16 or fp16")
     log = split_names('--log-with', job['log_with']) if job['log_with'] is not None else []
@@ -215,11 +201,11 @@ def carry_out(job:Job, resume:bool):
     r = job.cls(**settings)
     say(f'{r.name} learns {ds.channels} channels of {ds.size} px on {default_device()}')
     callbacks = [*scoring(job, r, ds), *([Forecast(r.fade)] if acc.is_main_process else [])]
-    announce(r, say)
+    announce(r, say, job.stages)
     noted = dict(train=job.options | dict(data=job.data, stages=job.stages, masks=uses_masks(job)))
     r.fit(ds, job.out, resume=resume, stages=job.stages, init=job['init'] if not resume else None, noted=noted,
-          every=job['every'], mixed_precision=job['precision'], callbacks=callbacks, best=job['best'],
-          log_with=log or None)
+          every=job['every'], workers=job['workers'], mixed_precision=job['precision'], callbacks=callbacks,
+          best=job['best'], log_with=log or None)
     return say
 
 def uses_masks(job):
@@ -239,6 +225,7 @@ def train(recipe:str=typer.Argument(None, help="a name of the list above; with -
           seed:int=typer.Option(None, help="of weights, batches and noise; 0 if not given"),
           channels:int=typer.Option(None, help="1 grey, 3 colour; the data's if not given"),
           precision:str=typer.Option(None, help="mixed precision: no, bf16 or fp16"),
+          workers:int=typer.Option(None, help="threads that prepare batches; 2 with a GPU, else 0, if not given"),
           every:int=typer.Option(None, help="steps between checkpoints, sample grids and scores; 500 if not given"),
           resume:bool=typer.Option(False, '--resume', help="go on where a run stopped: medsketch train --resume RUN"),
           stages:str=typer.Option(None, help="only these stages of the recipe, comma-separated: render"),
@@ -256,8 +243,8 @@ def train(recipe:str=typer.Argument(None, help="a name of the list above; with -
     {recipes}
     """
     asked = dict(data=data, out=out, size=size, scale=scale, steps=steps, minutes=minutes, style=style, seed=seed,
-                 channels=channels, precision=precision, every=every, init=init or None, evaluate=evaluate,
-                 features=features, best=best, log_with=log_with, change=change)
+                 channels=channels, precision=precision, workers=workers, every=every, init=init or None,
+                 evaluate=evaluate, features=features, best=best, log_with=log_with, change=change)
     asked['stages'] = split_names('--stages', stages) if stages is not None else None
     train_as_asked(*job_of(recipe, asked, resume), resume)
 

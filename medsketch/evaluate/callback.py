@@ -49,8 +49,10 @@ class Evaluate(Callback):
         self.n = min(1000, len(real)) if n is None else n
         self.real = _some(check_set(real, 'real'), min(self.n, len(real)), seed)
         self.known = None if features is None else _unnoticed(lambda: features(real))
-        self.scores, self.history = {}, []
+        self.scores, self.latest, self.history = tuple(metrics), {}, []  # names, newest numbers, all numbers
         _check(self)
+
+    def before_fit(self, trainer): self.ready = None  # are there images to score? Known at the first snapshot
 
     def before_step(self, trainer): self._tell(trainer)
 
@@ -58,9 +60,18 @@ class Evaluate(Callback):
         "Score, if it is time. Raises `ValueError` if the samples are no images like the real ones"
         if trainer.step % self.every and trainer.step != trainer.total: return
         if trainer.accelerator.is_main_process:
-            self.scores = _unnoticed(self.score, vars(trainer.nets).values())
-            self.history.append(dict(step=trainer.step, **self.scores))
+            if self.ready is None: self.ready = _unnoticed(self.draws_images, vars(trainer.nets).values())
+            if not self.ready: return
+            self.latest = _unnoticed(self.score, vars(trainer.nets).values())
+            self.history.append(dict(step=trainer.step, **self.latest))
         self._tell(trainer)
+
+    @torch.no_grad()
+    def draws_images(self) -> bool:
+        "Whether this stage draws images; one of sketches alone has none to score"
+        try: one = self.draw(1, self.seed)
+        except ValueError: return False  # a network has not learned yet
+        return not isinstance(one, Mapping) or 'image' in one
 
     @torch.no_grad()
     def score(self) -> dict: # {metric: float}
@@ -73,10 +84,10 @@ class Evaluate(Callback):
         return {m: float(DURING[m](self.known, y, self.real, few, self.seed)) for m in self.metrics}
 
     def _tell(self, trainer):
-        if self.scores: trainer.scores = getattr(trainer, 'scores', {}) | self.scores
+        if self.latest: trainer.scores = trainer.scores | self.latest
 
-    def state_dict(self): return dict(scores=self.scores, history=self.history) if self.history else {}
-    def load_state_dict(self, state): self.scores, self.history = dict(state['scores']), list(state['history'])
+    def state_dict(self): return dict(scores=self.latest, history=self.history) if self.history else {}
+    def load_state_dict(self, state): self.latest, self.history = dict(state['scores']), list(state['history'])
 
 # %% ../../nbs/07_evaluate/11_callback.ipynb #f6c8f4f8
 def _some(real, n, seed):

@@ -20,9 +20,9 @@ from ..train.weights import file_header, read_weights, start_from, take_up, weig
 from .arguments import check_arguments
 from ..sketch import add_sketches
 from ..train.callbacks import Ema, Fade
-from ..train.checkpoints import TrainingDiverged
+from ..train.checkpoints import TrainingDiverged, newest_checkpoint
 from ..train.growth import Growth
-from ..train.stages import choose, newest_checkpoint, note_frozen, open_run, read_config, train_stage
+from ..train.stages import choose, note_frozen, open_run, read_config, train_stage
 from ..train.trainer import make_accelerator
 
 # %% ../../nbs/06_recipes/00_base.ipynb #3baf05eb
@@ -85,10 +85,11 @@ class ManySamples:
                    n:int, # samples in all
                    batch_size:int, # at a time
                    draw, # draw(how many, number of the first) -> dict of tensors
+                   first:int=0, # number of the first
                   ) -> dict: # all of them
         "Samples drawn a few at a time. Raises `ValueError` for none"
         if n < 1: raise ValueError(f"n={n}: ask for at least one sample")
-        parts = [draw(min(batch_size, n - i), i) for i in range(0, n, batch_size)]
+        parts = [draw(min(batch_size, first + n - i), i) for i in range(first, first + n, batch_size)]
         return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
     def need(self,
@@ -149,6 +150,8 @@ class Saving:
 # %% ../../nbs/06_recipes/00_base.ipynb #1cea13f9
 class Preparing:
     "What a recipe learns from"
+    workers = 0  # threads that prepare the next batches
+
     def prepare(self,
                 data, # whatever the user passed
                 more=None, # further data, for recipes that take some
@@ -161,12 +164,17 @@ class Preparing:
                data, # an `ImageData`
                seed:int, # of order and augmentation
                change=None, # change(batch, rng) -> batch, after the augmentation
+               keys=None, # names of the planes that are needed; all if not given
               ) -> Batches:
         "Batches of the data, moved as the argument `augment` says"
         move, size = AUGMENT[self.config['augment']], self.config['batch_size']
-        def both(batch, rng): return change(move(batch, rng) if move else batch, rng)
+        def prepare(batch, rng):
+            if keys: batch = {k: batch[k] for k in keys}
+            if move: batch = move(batch, rng)
+            return change(batch, rng) if change else batch
         if isinstance(size, dict): size = size[self.config['size']]
-        return Batches(data, size, seed=seed, augment=both if change else move)
+        return Batches(data, size, seed=seed, augment=prepare if keys or change else move, workers=self.workers,
+                       pin=True)
 
     def adam(self,
              *names, # networks that learn together
@@ -192,15 +200,15 @@ class Fitting:
             init=None, # weights to start from: a run's folder or a file, or {network: path}
             more=None, # further data, for recipes that take some
             noted:dict=None, # further entries for config.json, such as where the images lie
+            workers:int=None, # threads that prepare the next batches; if not given, 2 where there is a GPU
             **kwargs, # for `train_stage` (every, progress, callbacks, best) and `Trainer` (mixed_precision, accumulate)
            ):
         "Train stage by stage. Raises `ValueError` if data or run do not fit, `TrainingDiverged` on NaN"
+        self.workers = 2 * (default_device().type == 'cuda') if workers is None else workers
         data, more, notes = self.prepare(data, more)
         todo = self.stages(data, more)
         chosen = choose(todo, stages)
-        if init := init or (read_config(out).get('init', {}).get('from') if out and resume else None):
-            notes = notes | dict(init={'from': _paths(init), 'weights': start_from(self.nets, init)})
-            self.learned |= notes['init']['weights'].keys()
+        notes = notes | self._start(init, out and Path(out), resume)
         if out: open_run(self, out, data, resume, noted, **notes)
         meta = dict(recipe=self.name, config=json.dumps(self.config), data=data.fingerprint())
         for i, stage in enumerate(todo):
@@ -210,6 +218,18 @@ class Fitting:
             elif self._train(stage, out, folder, meta=meta | stage.meta, seed=seed, **kwargs): self._write(out)
         self._write(out)
         return self
+
+    def _start(self, init, out, resume):
+        "Take up weights from elsewhere: what config.json says of it. A run keeps a copy, and goes on from that"
+        begun = read_config(out) if out and resume else {}
+        if not (init or 'init' in begun): return {}
+        kept, source = 'init' in begun and out/'init.safetensors', init or begun['init']['from']
+        taken = start_from(self.nets, kept or source)
+        self.learned |= taken.keys()
+        if out and not begun and make_accelerator().is_main_process:
+            head = dict(recipe=self.name, config=self.config)
+            write_weights(out/'init.safetensors', {k: self.nets[k] for k in taken}, head)
+        return dict(init={'from': _paths(source), 'weights': taken})
 
 def _paths(init): return {k: str(p) for k, p in init.items()} if isinstance(init, dict) else str(init)
 
@@ -259,17 +279,6 @@ class Stepping:
 # %% ../../nbs/06_recipes/00_base.ipynb #54a7d34f
 class Checks:
     "What recipes check of their arguments"
-    def check(self,
-              least:int=16, # smallest size, pixels
-              positive=(), # names of arguments that must be at least 1
-             ):
-        "Raises `ValueError` naming the first argument that does not fit"
-        c = self.config
-        check_size(c['size'], least=least)
-        sizes = c['batch_size'].values() if isinstance(c['batch_size'], dict) else [c['batch_size']]
-        for k, v in [*((k, c[k]) for k in positive), *(('batch_size', v) for v in sizes)]:
-            if v < 1: raise ValueError(f"{k}={v}: at least 1 is needed")
-
     def check_field(self):
         "Raises `ValueError` if the images are smaller than what D_P looks at"
         size, least = self.config['size'], self.nets['D_P'].least
@@ -294,6 +303,7 @@ class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks)
     presets = {}     # {scale: keyword arguments}
     inference = ()   # names of the networks that sampling and rendering need; all if empty
     pairs = 1        # pairs of networks that are trained one after the other, each for the steps of `steps_each`
+    least = 4        # smallest size, pixels
 
     def __init_subclass__(cls):
         if cls.name: RECIPES[cls.name] = cls
@@ -301,6 +311,7 @@ class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks)
     def __init__(self, **config): # all keyword arguments of the subclass
         keep_memory()
         self.config, self.nets, self.ema = check_arguments(type(self), config), {}, None
+        if 'size' in config: check_size(config['size'], least=self.least)
         self.fade = None      # a growing recipe's `Fade`: the size grown to
         self.learned = set()  # names of the networks that were trained or loaded
 

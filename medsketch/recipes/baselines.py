@@ -60,12 +60,13 @@ class GANDrawing:
                n:int, # how many
                seed:int=0, # the same seed gives the same samples
                batch_size:int=16, # drawn at a time
+               first:int=0, # number of the first: n samples from there on
                **given, # what the variant can be asked for: ACGAN takes a `label`
               ) -> dict: # image (n, C, H, W) in [-1, 1]; ACGAN adds label (n,)
         "Draw images from noise"
         self.need('G')
         draw = lambda count, first: self._sample(self.nets['G'], count, seed, first, **given)
-        return self.in_batches(n, batch_size, draw)
+        return self.in_batches(n, batch_size, draw, first)
 
     def _sample(self, G, n, seed, first=0, **given):
         given = self.given(n, seed, first, **given)
@@ -80,11 +81,10 @@ class GANDrawing:
 # %% ../../nbs/06_recipes/02_baselines.ipynb #9978788d
 class GAN(Variant, GANDrawing, Recipe):
     "Noise to image: what a subclass completes with networks, optimiser and losses"
-    inference = ('G',)
+    inference, least = ('G',), 16
 
     def __init__(self, **config): # all keyword arguments of the subclass
         super().__init__(**with_int_keys(config))
-        self.check(least=16, positive=[k for k in ('steps', 'critic', 'pseudo') if k in config])
         if 'batches' in config: self.grow()
         self.build()
 

@@ -11,7 +11,6 @@ import torch
 
 from ..core import sample_grid
 from ..data import ImageData, join
-from ..data.batches import AUGMENT, Batches
 from ..models.dcgan import DCDiscriminator, DCGenerator
 from ..models.factory import make_network
 from ..models.patchgan import PatchDiscriminator
@@ -77,13 +76,10 @@ class DualGANData:
 
     def _batches(self, data, seed, stage):
         "Masks become planes where a recipe has its sketch: soft ones for Stage I, which does not need the images"
-        move, soft = AUGMENT[self.config['augment']], self.config['soft'] if stage == 'mask' else 0
-        keys = ('mask',) if stage == 'mask' else ('image', 'mask')
-        def change(batch, rng):
-            batch = {k: v for k, v in batch.items() if k in keys}
-            if move: batch = move(batch, rng)
-            return batch | dict(sketch=soften(mask_planes(batch['mask'], self.config['classes']), soft))
-        return Batches(data, self.config['batch_size'], seed=seed, augment=change)
+        keys, soft = (('mask',), self.config['soft']) if stage == 'mask' else (('image', 'mask'), 0)
+        def planes(x): return soften(mask_planes(x, self.config['classes']), soft)
+        def change(batch, rng): return batch | dict(sketch=planes(batch['mask']))
+        return self.stream(data, seed, change, keys)
 
 # %% ../../nbs/06_recipes/03_dualgan.ipynb #f47ffe29
 class DualGANStages:
@@ -158,10 +154,12 @@ class DualGANDrawing:
                n:int, # how many
                seed:int=0, # the same seed gives the same samples
                batch_size:int=16, # drawn at a time
+               first:int=0, # number of the first: n samples from there on
               ) -> dict: # image (n, C, H, W) in [-1, 1], if Stage II was trained; mask (n, H, W) int64
         "Draw masks from noise, and render them"
         self.need('G_M')
-        return self.in_batches(n, batch_size, lambda count, first: self._sample(self.noise(count, seed, first)))
+        draw = lambda count, first: self._sample(self.noise(count, seed, first))
+        return self.in_batches(n, batch_size, draw, first)
 
     def _sample(self, noise):
         mask = self._masks(noise)
@@ -187,7 +185,7 @@ class DualGANDrawing:
 class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
     "Noise to mask to image (Guibas et al. 2017)"
     name = 'dualgan'
-    inference, pairs = ('G_M', 'G_P'), 2
+    inference, pairs, least = ('G_M', 'G_P'), 2, 16
     presets = dict(
         tour=dict(size=32, latent_dim=32, ngf=24, ndf=16, receptive_field=34, lr=1e-3, batch_size=8, mask_steps=600,
                   render_steps=250),
@@ -223,7 +221,6 @@ class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
                  seed:int=0, # of weights, batches and noise
                 ):
         super().__init__(**{k: v for k, v in locals().items() if k not in ('self', '__class__')})
-        self.check(least=16, positive=('mask_steps', 'render_steps'))
         if classes is not None and classes < 2:
             raise ValueError(f"classes={classes}: at least 2 are needed, the background is one")
         self.build()

@@ -170,10 +170,12 @@ class SkrGANDrawing:
                n:int, # how many
                seed:int=0, # the same seed gives the same samples
                batch_size:int=16, # drawn at a time
+               first:int=0, # number of the first: n samples from there on
               ) -> dict: # sketch (n, 1, H, W) in [0, 1]; image (n, C, H, W) in [-1, 1], if the renderer was trained
         "Draw sketches from noise, and render them; while G_S grows, in coarse pixels"
         self.need('G_S')
-        return self.in_batches(n, batch_size, lambda count, first: self._sample(self.noise(count, seed, first)))
+        draw = lambda count, first: self._sample(self.noise(count, seed, first))
+        return self.in_batches(n, batch_size, draw, first)
 
     def _sample(self, noise):
         sketch = self.nets['G_S'](noise, self.fade.size, self.fade.of('G_S')).clamp(0, 1)
@@ -200,7 +202,7 @@ VARIED = dict(loss='relativistic', diffaugment='translate,cutout', lr_sketch=3e-
 class SkrGAN(SkrGANStages, SkrGANParts, SkrGANDrawing, Recipe):
     "Noise to sketch to image (Zhang et al. 2019)"
     name = 'skrgan'
-    inference, pairs = ('G_S', 'G_P'), 2
+    inference, pairs, least = ('G_S', 'G_P'), 2, 16
     presets = dict(
         tour=dict(size=32, latent_dim=32, fmap_base=384, fmap_max=48, ngf=24, ndf=16, receptive_field=34, batch_size=8,
                   batches={4: 20, 8: 60, 16: 150, 32: 400}, render_steps=250, r1=3.),
@@ -245,7 +247,6 @@ class SkrGAN(SkrGANStages, SkrGANParts, SkrGANDrawing, Recipe):
                 ):
         config = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
         super().__init__(**with_int_keys(config))
-        self.check(least=16)
         self.grow()
         self.build()
         self.check_field()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['writing', 'sweep', 'checkpoints', 'read_checkpoint', 'TrainingDiverged', 'StopOnNan', 'finite', 'lock_file',
-           'lock_folder', 'resume', 'Checkpoint', 'read_best']
+           'lock_folder', 'whole_checkpoints', 'newest_checkpoint', 'resume', 'Checkpoint', 'read_best']
 
 # %% ../../nbs/05_train/04_checkpoints.ipynb #bfc3aa54
 import contextlib
@@ -137,21 +137,38 @@ def lock_folder(
     return lock
 
 # %% ../../nbs/05_train/04_checkpoints.ipynb #1e56f459
+def whole_checkpoints(
+    folder, # a stage's checkpoint folder
+    meta:dict=None, # what a checkpoint must agree with
+): # yields (path, contents), the newest first
+    "Checkpoints that can be read; others with a warning. Raises `ValueError` if one belongs to something else"
+    for path in reversed(checkpoints(folder)):
+        try:
+            state = read_checkpoint(path)
+            if state['step'] != int(path.stem): raise TypeError(f"it says it is of step {state['step']}")
+        except Exception as e:
+            _passed_over(path, e)
+            continue
+        for k, v in (meta or {}).items():
+            if state['meta'].get(k) != v:
+                raise ValueError(f"{path} has {k}={state['meta'].get(k)!r}, this run has {v!r}: "
+                                 "use another output folder, or start anew without resuming")
+        yield path, state
+
+def newest_checkpoint(
+    folder, # a stage's checkpoint folder
+    meta:dict=None, # what the checkpoint must agree with
+) -> dict|None: # its contents; None if there is none that can be read
+    "The newest whole checkpoint. Raises `ValueError` if it belongs to something else"
+    return next((state for _, state in whole_checkpoints(folder, meta)), None)
+
 def resume(
     trainer,
     path, # of a checkpoint
-    meta:dict, # what the checkpoint must agree with
-) -> bool: # False, with a warning, if the file is damaged or odd
-    "Take up a checkpoint, whole or not at all. Raises `ValueError` if it belongs to something else"
+    state:dict, # its contents
+) -> bool: # False, with a warning, if the contents are odd
+    "Take up a checkpoint, whole or not at all. Raises `ValueError` if it is of other networks"
     before = copy.deepcopy(trainer.state_dict())
-    try:
-        state = read_checkpoint(path)
-        if state['step'] != int(path.stem): raise TypeError(f"it says it is of step {state['step']}")
-    except Exception as e: return _passed_over(path, e)
-    for k in meta:
-        if state['meta'].get(k) != meta[k]:
-            raise ValueError(f"{path} has {k}={state['meta'].get(k)!r}, this run has {meta[k]!r}: "
-                             "use another output folder, or start anew without resuming")
     try: trainer.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError) as e:
         trainer.load_state_dict(before)
@@ -176,7 +193,7 @@ class _Resumed(Callback):
             self.lock = lock_folder(self.folder)
             sweep(self.folder)
         self.clock, self.wait, self.pending = time.monotonic(), self.early, []
-        resumed = any(resume(trainer, p, self.meta) for p in reversed(checkpoints(self.folder)))
+        resumed = any(resume(trainer, *found) for found in whole_checkpoints(self.folder, self.meta))
         self.written = trainer.step if resumed else None
 
     def close(self, trainer):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from ..core import atomic_write, weights_name
-from .checkpoints import checkpoints
+from .checkpoints import newest_checkpoint
 
 # %% ../../nbs/05_train/07_weights.ipynb #5010db30
 def write_weights(
@@ -113,9 +113,7 @@ def read_run(
     "All networks of a run: those of its weights file, and the discriminators of its newest checkpoints"
     path, found = Path(path), {}
     for folder in sorted(path.glob('*/checkpoints')) if path.is_dir() else ():
-        if not (there := checkpoints(folder)): continue
-        state = torch.load(there[-1], map_location='cpu', weights_only=True)
-        found |= state['nets'] | _averages(state)
+        if state := newest_checkpoint(folder): found |= state['nets'] | _averages(state)
     if found and not (path/'weights.safetensors').exists(): return found
     return found | read_weights(weights_file(path))
 
