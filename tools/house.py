@@ -12,9 +12,9 @@ root = Path(__file__).resolve().parents[1]
 STILL_LONG = {
     "nbs/02_data/09_dataset.ipynb", "nbs/05_train/06_augment.ipynb", "nbs/06_recipes/01_skrgan.ipynb",
     "nbs/06_recipes/03_dualgan.ipynb",
-    "nbs/07_evaluate/08_downstream.ipynb", "nbs/07_evaluate/09_table.ipynb", "nbs/07_evaluate/10_compare.ipynb",
+    "nbs/07_evaluate/09_table.ipynb", "nbs/07_evaluate/10_compare.ipynb",
     "nbs/07_evaluate/11_callback.ipynb", "nbs/08_studio/03_sketchpad.ipynb", "nbs/08_studio/04_live.ipynb",
-    "nbs/09_pretrained.ipynb", "medsketch/evaluate/downstream.py",
+    "nbs/09_pretrained.ipynb",
     "medsketch/export.py", "medsketch/sketch/edges.py", "medsketch/studio/live.py",
     "medsketch/studio/sketchpad.py",
 }
