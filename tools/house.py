@@ -12,17 +12,16 @@ root = Path(__file__).resolve().parents[1]
 STILL_LONG = {
     "nbs/02_data/09_dataset.ipynb", "nbs/05_train/06_augment.ipynb", "nbs/06_recipes/01_skrgan.ipynb",
     "nbs/06_recipes/03_dualgan.ipynb",
-    "nbs/07_evaluate/09_table.ipynb", "nbs/07_evaluate/10_compare.ipynb",
-    "nbs/07_evaluate/11_callback.ipynb", "nbs/08_studio/03_sketchpad.ipynb", "nbs/08_studio/04_live.ipynb",
+    "nbs/08_studio/03_sketchpad.ipynb", "nbs/08_studio/04_live.ipynb",
     "nbs/09_pretrained.ipynb",
-    "medsketch/export.py", "medsketch/sketch/edges.py", "medsketch/studio/live.py",
+    "medsketch/sketch/edges.py", "medsketch/studio/live.py",
     "medsketch/studio/sketchpad.py",
 }
 WIDTH, CELL, FUNCTION, MODULE, PICTURE = 120, 40, 40, 400, 800
 
 # What a package or module may import from: those before it. A page never looks up.
 ORDER = ["core", "phantoms", "data", "sketch", "models", "train", "recipes", "evaluate",
-         "pretrained", "studio", "export", "cli"]
+         "pretrained", "studio", "datasheet", "export", "cli"]
 FACE = "recipes.base"  # all that `evaluate` may know of recipes
 
 # Words that meant something of our own here, for which the field has its words
