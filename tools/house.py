@@ -14,7 +14,7 @@ STILL_LONG = {
     "nbs/06_recipes/03_dualgan.ipynb",
     "nbs/08_studio/03_sketchpad.ipynb", "nbs/08_studio/04_live.ipynb",
     "nbs/09_pretrained.ipynb",
-    "medsketch/sketch/edges.py", "medsketch/studio/live.py",
+    "medsketch/studio/live.py",
     "medsketch/studio/sketchpad.py",
 }
 WIDTH, CELL, FUNCTION, MODULE, PICTURE = 120, 40, 40, 400, 800
