@@ -18,7 +18,7 @@ import torch
 
 from .core import atomic_write
 from .data import ImageData, cache_dir, join, load_images, phantom_data, split_by_subject
-from .sketch.edges import pixels_of
+from .sketch.files import pixels_of
 from .sketch.variants import sketch_variants
 from .evaluate.metrics import ms_ssim
 from .data.readers import mask_to_square
