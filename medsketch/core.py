@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'PALETTE', 'seed_everything', 'torch_rng', 'default_device', 'keep_memory', 'scale', 'by_scale',
-           'check_size', 'atomic_write', 'weights_name', 'to_uint8', 'from_uint8', 'pictures', 'sketch_to_uint8',
-           'mask_to_rgb', 'to_pixels', 'interactive', 'markdown_table', 'grid', 'sample_grid', 'enlarge', 'add_labels',
-           'show_images', 'png_bytes', 'save_png', 'save_grid']
+           'check_size', 'atomic_write', 'weights_name', 'to_uint8', 'to_uint16', 'from_uint8', 'pictures',
+           'sketch_to_uint8', 'mask_to_rgb', 'to_pixels', 'interactive', 'markdown_table', 'grid', 'sample_grid',
+           'enlarge', 'add_labels', 'show_images', 'png_bytes', 'save_png', 'save_grid']
 
 # %% ../nbs/00_core.ipynb #012a9c0a
 import contextlib
@@ -145,19 +145,28 @@ def to_uint8(
     x = torch.as_tensor(x).detach().float().cpu()
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).contiguous().numpy()
 
+def to_uint16(
+    x:torch.Tensor, # (..., C, H, W) image in [-1, 1]
+) -> np.ndarray: # (..., H, W, C) uint16
+    "Image tensor to 16-bit pixels, channels last, values outside [-1, 1] clipped"
+    x = torch.as_tensor(x).detach().double().cpu()
+    return ((x.clamp(-1, 1) + 1) * 32767.5).round().movedim(-3, -1).numpy().astype(np.uint16)
+
 def from_uint8(
-    a:np.ndarray, # (..., H, W, C) or (H, W) uint8 pixels
+    a:np.ndarray, # (..., H, W, C) or (H, W) pixels, uint8 or uint16
 ) -> torch.Tensor: # (..., C, H, W) float32 in [-1, 1]
-    "8-bit pixels to an image tensor"
+    "8-bit pixels to an image tensor; those of 16 bits as well"
     a = np.asarray(a)
     if a.ndim == 2: a = a[..., None]
+    if a.dtype == np.uint16: return torch.from_numpy(a / np.float32(32767.5) - 1).movedim(-1, -3)
     return torch.from_numpy(a).movedim(-1, -3).float() / 127.5 - 1
 
 def pictures(
     x:torch.Tensor, # (C, H, W) image in [-1, 1]
-) -> dict: # {'': (H, W) or (H, W, 3) uint8}, or {'_1': (H, W), '_2': ...}
+    bits:int=8, # of a pixel: 8 or 16
+) -> dict: # {'': (H, W) or (H, W, 3) uint8 or uint16}, or {'_1': (H, W), '_2': ...}
     "The pictures an image is stored as, by the endings of their names: one if grey or RGB, else one per modality"
-    a = to_uint8(x)
+    a = to_uint8(x) if bits == 8 else to_uint16(x)
     if a.shape[-1] == 3: return {'': a}
     return {'' if a.shape[-1] == 1 else f'_{i + 1}': a[..., i] for i in range(a.shape[-1])}
 
@@ -325,7 +334,7 @@ def _display(pixels, width):
 
 # %% ../nbs/00_core.ipynb #8f8056d3
 def png_bytes(
-    pixels:np.ndarray, # (H, W), (H, W, 3) or (H, W, 4) uint8
+    pixels:np.ndarray, # (H, W), (H, W, 3) or (H, W, 4) uint8; (H, W) uint16
 ) -> bytes:
     "Pixels as an encoded PNG"
     f = io.BytesIO()

@@ -26,10 +26,10 @@ from medsketch.export import (
     Plan,
     chunk_seed,
     export_dataset,
-    secondary_capture,
     written,
 )
 from medsketch.recipes import ACGAN, Recipe, SkrGAN
+from medsketch.synthetic_dicom import secondary_capture
 
 NAMES = ('background', 'lung', 'heart')
 pytestmark = pytest.mark.filterwarnings('ignore:MS-SSIM at')
@@ -155,7 +155,7 @@ TYPE_1 = {  # must be there and hold a value
 TYPE_2 = {  # must be there, and may be empty
     'Patient': ['PatientName', 'PatientID', 'PatientBirthDate', 'PatientSex'],
     'General Study': ['StudyDate', 'StudyTime', 'ReferringPhysicianName', 'StudyID', 'AccessionNumber'],
-    'General Series': ['SeriesNumber', 'Laterality'],
+    'General Series': ['SeriesNumber'],
     'General Equipment': ['Manufacturer'],
     'General Image': ['InstanceNumber', 'PatientOrientation'],
 }
@@ -282,6 +282,44 @@ def test_the_checker_finds_what_is_wrong(strict):
         assert file(**changes), changes
     with pytest.raises(ValueError):
         secondary_capture(np.zeros((8, 8), np.uint8), 'key', modality='a code much too long')
+
+
+def test_masks_become_segmentations_of_their_images(tmp_path):
+    "Every class of every pixel comes back, and the file names the image that it lies over"
+    hd = pytest.importorskip('highdicom', reason="medsketch[seg] is not installed")
+    out = export_dataset(Painter(4), 3, tmp_path / 'set', 'dicom', classes=NAMES, progress=False).out
+    for row in lines(out):
+        seg = hd.seg.segread(out / row['segmentation_file'])
+        source = pydicom.dcmread(out / row['image_1_file_name'])
+        found = seg.get_pixels_by_source_instance([source.SOPInstanceUID], combine_segments=True)[0]
+        assert (found == np.asarray(Image.open(out / row['mask_file_name']))).all() and found.any()
+        assert [s.SegmentLabel for s in seg.SegmentSequence] == list(NAMES[1:]) and seg.SyntheticData == 'YES'
+        assert (seg.PatientID, seg.StudyInstanceUID) == (source.PatientID, source.StudyInstanceUID)
+    again = export_dataset(Painter(4), 3, tmp_path / 'again', 'dicom', classes=NAMES, progress=False).out
+    for p in (out / 'segmentations').iterdir():
+        assert p.read_bytes() == (again / 'segmentations' / p.name).read_bytes()
+
+
+@pytest.mark.parametrize('format', ['folder', 'hf', 'dicom'])
+def test_sixteen_bits_keep_differences_that_eight_lose(tmp_path, format):
+    a, b = (
+        export_dataset(Painter(1), 3, tmp_path / f'{format}{bits}', format, bits=bits, progress=False).out
+        for bits in (8, 16)
+    )
+    plan = lambda out: Plan(**json.loads((out / 'export.json').read_text()))
+    exact = Painter(1).sample(3)['image'].clamp(-1, 1)
+    coarse, fine = (torch.cat(list(written(out, plan(out)))) for out in (a, b))
+    assert (fine - exact).abs().max() < 2e-5 and (coarse - exact).abs().max() > 1e-3
+    if format == 'dicom':
+        ds = pydicom.dcmread(b / 'images/000000.dcm')
+        assert (ds.BitsAllocated, ds.BitsStored, ds.HighBit) == (16, 16, 15) and 'Laterality' not in ds
+
+
+@pytest.mark.parametrize('bits, channels, why', [(16, 3, 'grey'), (12, 1, 'use 8 or 16'), (0, 1, 'use 8 or 16')])
+def test_other_pixels_are_refused_before_anything_is_written(tmp_path, bits, channels, why):
+    with pytest.raises(ValueError, match=why):
+        export_dataset(Painter(channels), 3, tmp_path / 'set', bits=bits, progress=False)
+    assert not (tmp_path / 'set').exists()
 
 
 def test_every_sample_is_a_patient_of_its_own_and_every_file_has_its_own_uid(tmp_path):

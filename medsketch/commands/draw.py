@@ -197,6 +197,7 @@ def export(run:str=typer.Argument(help="folder of a run, a .safetensors file, a 
            licence:str=typer.Option('', help="of the new set, such as cc-by-4.0"),
            name:str=typer.Option('', help="of the set"),
            modality:str=typer.Option('OT', help="of DICOM files: MR, CT, DX, OP, US ..."),
+           bits:int=typer.Option(8, help="of a pixel: 8, or 16 for grey images"),
            seed:int=typer.Option(0, help="of the noise")):
     "Write a synthetic data set with pairs, list, datasheet and privacy check; goes on where it stopped."
     from medsketch.export import FORMATS, export_dataset
@@ -210,7 +211,7 @@ def export(run:str=typer.Argument(help="folder of a run, a .safetensors file, a 
     for ds in real.values(): report(ds.skipped if ds else [])
     with going_on(lambda: 'what is drawn is kept; the same command goes on'):
         done = export_dataset(r, n, place, format, **real, source=source, licence=licence, name=name,
-                              modality=modality, seed=seed)
+                              modality=modality, bits=bits, seed=seed)
     tell(f'{n} synthetic images in {out}; read its datasheet before you share it')
     if done.alarm:
         raise ValueError('the privacy check found images too near to training images: do not share this set; '
