@@ -7,6 +7,8 @@ __all__ = ['VARIED', 'SketchGenerator', 'sketch_game', 'JointLosses', 'SkrGANSta
            'SkrGANScales', 'SkrGAN']
 
 # %% ../../nbs/06_recipes/01_skrgan.ipynb #ea0668de
+from functools import partial
+
 import numpy as np
 import torch
 from torch import nn
@@ -102,7 +104,7 @@ class SkrGANStages:
         c = self.config
         width = c['fmap_base'], c['fmap_max']
         widths = c['ngf'], c['ngf_max'], c['depth']
-        unet = lambda: UNetRenderer(c['size'], 1, c['channels'], *widths, position=c['position'])
+        unet = lambda: UNetRenderer(c['size'], 1, c['channels'], *widths, position=c['position'], field=c['field'])
         return dict(G_S=SketchGenerator(c['size'], c['latent_dim'], *width, c['widths']),
                     D_S=PGDiscriminator(c['size'], 1, *width, fmaps=c['widths']),
                     G_P=make_network(c['renderer'], unet, 1, c['channels'], c['size']),
@@ -121,7 +123,8 @@ class SkrGANStages:
 
     def render_stage(self, data):
         c, aug = self.config, augmenter(self.config['diffaugment_pair'])
-        phases = RenderLosses(c['lam'], c['consistency'], augment=aug).phases(self._adam('G_P'), self._adam('D_P'))
+        losses = RenderLosses(c['lam'], c['consistency'], c['strokes'], c['matching'], augment=aug)
+        phases = losses.phases(self._adam('G_P'), self._adam('D_P'))
         return Stage('render', ('G_P', 'D_P'), phases, c['render_steps'], lambda: self.pairs_of(data), average=('G_P',),
                      draw=lambda: self.rendered(data), refresh=dict(G_P=self.feed(data)))
 
@@ -147,7 +150,8 @@ class SkrGANParts:
         "The render stage's batches; with `variants` of all sketch variants, drawn as people draw"
         seed = self.config['seed'] + 1
         if not self.config['variants']: return self.stream(data, seed)
-        return self.stream(add_variants(data, self.config['style']), seed, jitter)
+        move = partial(jitter, displace=0, omit=0) if self.config['aligned'] else jitter
+        return self.stream(add_variants(data, self.config['style']), seed, move)
 
     def feed(self, data):
         "Forward passes of the renderer, which settle its batch norm"
@@ -251,7 +255,11 @@ class SkrGAN(SkrGANScales, SkrGANStages, SkrGANParts, SkrGANDrawing, Recipe):
                  augment:str='none', # 'mirror' where left and right are alike; what moves real images only leaks
                  style:str='generic', # sketch style, for data that comes without sketches
                  variants:bool=False, # render stage: many sketch variants of each image, so that people can draw
+                 aligned:bool=False, # of variants only their width is changed: every stroke stays on its edge
                  consistency:float=0., # render stage: weight of the change an edit makes where nothing was edited
+                 strokes:float=0., # render stage: L1 counts so many times more near a stroke
+                 matching:float=0., # render stage: weight of feature matching in D_P; about 10 for sharper images
+                 field:float|None=None, # radius of a round field of view, in sides; images are black outside it
                  seed:int=0, # of weights, batches and noise
                 ):
         super().__init__(**with_int_keys({k: v for k, v in locals().items() if k not in ('self', '__class__')}))
