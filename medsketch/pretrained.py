@@ -146,6 +146,7 @@ def _from_hub(repo):
         why = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(f"{repo} could not be fetched from the Hub ({why})") from None
 
+# %% ../nbs/09_pretrained.ipynb #6c0b9478
 def load(
     name, # 'fundus' and the like, a .safetensors file, a run's folder, or a Hub id such as 'user/eyes'
     device=None, # `default_device()` if not given
@@ -252,6 +253,7 @@ def pack(
     with atomic_write(folder/f'{name}.md') as f: f.write(_card(name, p, r, s, path).encode())
     return path
 
+# %% ../nbs/09_pretrained.ipynb #281b7d7c
 def _card(name, p, r, s, path):
     "The model card, from what is known"
     scores = s['variants'] | {'*mean training image*': s['mean_image']}
