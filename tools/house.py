@@ -8,19 +8,11 @@ from functools import cache
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
-# Longer than the rules below allow, and to be split: an entry goes as soon as its page does not need it.
-STILL_LONG = {
-    "nbs/07_evaluate/05_privacy.ipynb", "nbs/07_evaluate/06_segment.ipynb",
-    "nbs/07_evaluate/08_downstream.ipynb", "nbs/07_evaluate/09_table.ipynb", "nbs/07_evaluate/10_compare.ipynb",
-    "nbs/07_evaluate/11_callback.ipynb",
-    "medsketch/evaluate/downstream.py", "medsketch/evaluate/metrics.py",
-    "medsketch/evaluate/privacy.py", "medsketch/export.py", "medsketch/sketch/edges.py",
-}
 WIDTH, CELL, FUNCTION, MODULE, PICTURE = 120, 40, 40, 400, 800
 
 # What a package or module may import from: those before it. A page never looks up.
 ORDER = ["core", "phantoms", "data", "sketch", "models", "train", "recipes", "evaluate",
-         "pretrained", "studio", "export", "share", "cli"]
+         "pretrained", "studio", "datasheet", "export", "share", "cli"]
 FACE = "recipes.base"  # all that `evaluate` may know of recipes
 
 # Words that meant something of our own here, for which the field has its words
@@ -80,7 +72,7 @@ def long_cells(most: int = CELL) -> list:
     "Exported cells of more than 40 lines, directives, empty lines and documented arguments aside"
     argument = re.compile(r"\s+\w+:[^()]*(\(.*\))?,? # \S")
     found = []
-    for p in [p for p in notebooks() if most < CELL or name(p) not in STILL_LONG]:
+    for p in notebooks():
         for i, s in cells(p):
             if re.match(r"#\|\s*exports?\b", s):
                 lines = [line for line in s.splitlines() if line.strip() and not line.startswith("#|")]
@@ -103,7 +95,7 @@ def long_functions(most: int = FUNCTION) -> list:
 def long_modules(most: int = MODULE) -> list:
     "Modules of more than 400 lines"
     sizes = {name(p): len(p.read_text(encoding="utf-8").splitlines()) for p in modules()}
-    return [f"{k}: {n} lines" for k, n in sizes.items() if n > most and k not in STILL_LONG]
+    return [f"{k}: {n} lines" for k, n in sizes.items() if n > most]
 
 
 def imports(path: Path) -> list:

@@ -29,6 +29,7 @@ TARGETS = {
     "train/losses": "tests/test_losses.py",
     "train/growth": "tests/test_train.py -k 'schedule or grow or fade'",
     "train/callbacks": "tests/test_train.py -k 'not two_processes and not second_training'",
+    "evaluate/images": "tests/test_metrics.py tests/test_bad_input.py",
     "evaluate/metrics": "tests/test_metrics.py",
 }
 # imported once, before the forks

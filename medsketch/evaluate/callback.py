@@ -30,18 +30,42 @@ DURING = dict(  # name -> score(real features, synthetic features, real images, 
 OF_PIXELS = ('swd', 'diversity') # the others look at features
 HIGHER = ('precision', 'recall', 'density', 'coverage') # of these the highest is best; of the others the lowest
 
+# %% ../../nbs/07_evaluate/11_callback.ipynb #a3fe1c66
+class _Scored(Callback):
+    "Draws, scores, and remembers the numbers"
+    @torch.no_grad()
+    def draws_images(self) -> bool:
+        "Whether this stage draws images; one of sketches alone has none to score"
+        try: one = self.draw(1, self.seed)
+        except ValueError: return False  # a network has not learned yet
+        return not isinstance(one, Mapping) or 'image' in one
+
+    @torch.no_grad()
+    def score(self) -> dict: # {metric: float}
+        "Draw and score, whatever a training is doing"
+        fake = self.draw(self.n, self.seed)
+        fake = check_set((fake['image'] if isinstance(fake, Mapping) else fake).float().cpu().clamp(-1, 1), 'samples',
+                         self.n)
+        y = None if self.features is None else self.features(fake)
+        few = fake[:len(self.real)]
+        return {m: float(DURING[m](self.known, y, self.real, few, self.seed)) for m in self.metrics}
+
+    def _tell(self, trainer):
+        "Say the newest numbers to whoever reads `trainer.scores`"
+        if self.latest: trainer.scores = trainer.scores | self.latest
+
+    def state_dict(self): return dict(scores=self.latest, history=self.history) if self.history else {}
+    def load_state_dict(self, state): self.latest, self.history = dict(state['scores']), list(state['history'])
+
 # %% ../../nbs/07_evaluate/11_callback.ipynb #3ed11d7f
-class Evaluate(Callback):
+class Evaluate(_Scored):
     "Scores samples every so often and at the end; the newest numbers are in `trainer.scores`, all in `history`"
     def __init__(self,
-                 # draw(n, seed) -> images (n, C, H, W) in [-1, 1], or a dict with 'image', from the averaged
-                 # generator
-                 draw,
+                 draw, # draw(n, seed) -> images (n, C, H, W) in [-1, 1], or a dict with 'image'; averaged weights
                  real, # real images (N, C, H, W) in [-1, 1], or an `ImageData`
                  features=None, # an `Extractor`; needed for all scores but those of pixels
                  metrics=('fid', 'kid', 'swd'), # keys of `DURING`
-                 # samples, and real images for the scores of pixels; as many as there are real ones, at most 1,000
-                 n:int=None,
+                 n:int=None, # samples, and real images for scores of pixels; as many as real ones, at most 1,000
                  every:int=500, # steps between snapshots
                  seed:int=0, # of the samples, the same at every snapshot
                 ):
@@ -65,29 +89,6 @@ class Evaluate(Callback):
             self.latest = _unnoticed(self.score, vars(trainer.nets).values())
             self.history.append(dict(step=trainer.step, **self.latest))
         self._tell(trainer)
-
-    @torch.no_grad()
-    def draws_images(self) -> bool:
-        "Whether this stage draws images; one of sketches alone has none to score"
-        try: one = self.draw(1, self.seed)
-        except ValueError: return False  # a network has not learned yet
-        return not isinstance(one, Mapping) or 'image' in one
-
-    @torch.no_grad()
-    def score(self) -> dict: # {metric: float}
-        "Draw and score, whatever a training is doing"
-        fake = self.draw(self.n, self.seed)
-        fake = check_set((fake['image'] if isinstance(fake, Mapping) else fake).float().cpu().clamp(-1, 1), 'samples',
-                         self.n)
-        y = None if self.features is None else self.features(fake)
-        few = fake[:len(self.real)]
-        return {m: float(DURING[m](self.known, y, self.real, few, self.seed)) for m in self.metrics}
-
-    def _tell(self, trainer):
-        if self.latest: trainer.scores = trainer.scores | self.latest
-
-    def state_dict(self): return dict(scores=self.latest, history=self.history) if self.history else {}
-    def load_state_dict(self, state): self.latest, self.history = dict(state['scores']), list(state['history'])
 
 # %% ../../nbs/07_evaluate/11_callback.ipynb #f6c8f4f8
 def _some(real, n, seed):

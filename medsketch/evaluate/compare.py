@@ -187,8 +187,7 @@ def compare(
     recipes = _named(recipes, lookup)
     _check_plan(data, real, recipes, seeds, n, metrics, features or None, segmenter)
     made = _all_recipes(recipes, seeds, data=data, steps=steps, scale=scale, settings=settings)
-    needs = any(m in FEATURES for m in metrics)
-    extractor = _extractor(features, real, out/'features', moco_steps) if needs else None
+    extractor = _extractor(features, real, out/'features', moco_steps) if {*metrics} & {*FEATURES} else None
     of = dict(n=n, metrics=list(metrics), features=getattr(extractor, 'name', ''), reference=real.fingerprint(),
               segmenter=getattr(segmenter, 'name', ''), resamples=resamples)
     how = dict(extractor=extractor, segmenter=segmenter, resamples=resamples)

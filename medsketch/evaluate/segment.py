@@ -24,7 +24,7 @@ from ..data.batches import Batches
 from ..core import (atomic_write, check_size, default_device, from_uint8, keep_memory, to_uint8, torch_rng,
                             weights_name)
 from ..data import ImageData
-from .metrics import image_batches
+from .images import image_batches
 from .paired import SEGMENTATION_SCORES, segmentation_scores
 from ..train.stages import open_run, train_stage
 from ..data.batches import AUGMENT
@@ -42,9 +42,8 @@ def vessel_channel(
     n, channels, *sides = images.shape
     if channels not in (1, 3):
         raise ValueError(f"the patch version takes RGB or grey images, these have {channels} channels")
-    clahe, table = cv2.createCLAHE(clip, (tiles,
-                                          tiles)), (
-                                                  (np.arange(256) / 255) ** (1 / gamma) * 255).round().astype(np.uint8)
+    clahe = cv2.createCLAHE(clip, (tiles, tiles))
+    table = ((np.arange(256) / 255) ** (1 / gamma) * 255).round().astype(np.uint8)
     out = np.empty((n, 1, *sides), np.uint8)
     for i in range(n): out[i, 0] = table[clahe.apply(np.ascontiguousarray(images[i][channels // 2]))]
     return out
@@ -88,51 +87,8 @@ class SegmentationLoss:
     def __call__(self, nets, batch): return self.loss(nets.S(batch['image']).float(), batch['mask'][:, None])
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #12d8d3b9
-class Segmenter:
-    """A U-Net for segmentation: trained, applied, saved and loaded; whole images or, with `patch`, overlapping pieces
-    of the green channel"""
-    def __init__(self,
-                 size:int=256, # side of the images, pixels
-                 channels:int=3, # of the images
-                 classes:int=2, # background included; with 2, everything above 0 in a mask is foreground
-                 patch:int=None, # side of the pieces, such as 48; None for whole images
-                 width:int=16, # channels of the network at full size
-                 batch_size:int=8, # images per step; with `patch`, as many pieces of each as would cover it
-                 lr:float=1e-3, # Adam's learning rate at the first step, falling to 0 at the last
-                 steps:int=500, # optimiser steps of a fit
-                 augment:str='rotate', # 'rotate', 'flip', 'turn', 'all' or 'none', as for `SkrGAN`
-                 seed:int=0, # of weights, batches and patches
-                ):
-        keep_memory()
-        if augment not in AUGMENT: raise ValueError(f"augment is {augment!r}; use one of {', '.join(AUGMENT)}")
-        if classes < 2: raise ValueError(f"classes is {classes}; the background counts, so there are at least 2")
-        if patch is not None and (patch % 8 or not 16 <= patch <= size):
-            raise ValueError(f"patch is {patch}; use a multiple of 8 from 16 to the images' {size}")
-        if patch is not None and channels not in (1, 3):
-            raise ValueError(f"the patch version takes RGB or grey images, not {channels} channels")
-        self.config = dict(size=check_size(size, 16), channels=channels, classes=classes, patch=patch, width=width,
-                           batch_size=batch_size, lr=lr, steps=steps, augment=augment, seed=seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.net = segmentation_unet(1 if patch else channels, classes,
-                                         width).to(memory_format=torch.channels_last).eval()
-        self._starts = {}
-
-    @property
-    def device(self): return next(self.net.parameters()).device
-
-    @property
-    def name(self) -> str:
-        "What the marks of this segmenter are called in a table of scores"
-        c = self.config
-        pieces = f", pieces of {c['patch']}" if c['patch'] else ''
-        return f"u-net {c['size']} px{pieces}, weights {weights_name(self.net)[:8]}"
-
-    def to(self, device):
-        "Move the network"
-        self.net.to(device, memory_format=torch.channels_last)
-        return self
-
+class _Fits:
+    "A segmenter learns"
     def fit(self,
             data, # `ImageData` with masks
             out=None, # folder for checkpoints, log and weights.safetensors; None writes nothing
@@ -152,13 +108,43 @@ class Segmenter:
         phase = Phase('S', SegmentationLoss(), torch.optim.Adam(self.net.parameters(), c['lr'], fused=True))
         meta = dict(recipe='segmenter', config=json.dumps(c | dict(steps=steps)), data=data.fingerprint(), start=start)
         try:
-            train_stage(dict(S=self.net), [phase], Batches(data, c['batch_size'], c['seed'], augment=_augmentation(c)),
-                        steps, out,
-                        before=[PolyDecay(c['lr'])], meta=meta, progress=progress, seed=c['seed'], **kwargs)
+            batches = Batches(data, c['batch_size'], c['seed'], augment=_augmentation(c))
+            train_stage(dict(S=self.net), [phase], batches, steps, out, before=[PolyDecay(c['lr'])], meta=meta,
+                        progress=progress, seed=c['seed'], **kwargs)
         finally: self.net.eval()
         if out: self.save(Path(out)/'weights.safetensors')
         return self
 
+# %% ../../nbs/07_evaluate/06_segment.ipynb #92bb9fb0
+def _augmentation(config):
+    "Cut pieces, if any are cut, then move them"
+    move, patch = AUGMENT[config['augment']], config['patch']
+    if not patch: return move
+    cut = Patches(patch, -(-config['size']**2 // patch**2))
+    return lambda batch, rng: move(cut(batch, rng), rng) if move else cut(batch, rng)
+
+def _labels(masks, classes):
+    "Class ids (N, H, W) uint8 that fit; two classes: background and everything else. Raises `ValueError`"
+    if masks is None: raise ValueError("the data has no masks: there is nothing to learn segmentation from")
+    masks = np.asarray(masks)
+    if classes == 2: masks = (masks > 0).astype(np.uint8)
+    if len(masks) and masks.max() >= classes:
+        raise ValueError(f"a mask holds class {masks.max()}; with classes={classes} they run from 0 to {classes - 1}")
+    return masks
+
+def _training_data(segmenter, data):
+    "Images as the network sees them, with labels that fit. Raises `ValueError`"
+    c = segmenter.config
+    if not len(data): raise ValueError("the dataset is empty: there is nothing to learn from")
+    _check_images(segmenter, data.images.shape, "data's images")
+    masks = _labels(data.masks, c['classes'])
+    if not masks.any(): raise ValueError(f"all {len(masks)} masks are empty: the data shows no foreground to learn")
+    images = vessel_channel(np.asarray(data.images)) if c['patch'] else data.images
+    return ImageData(images, masks, paths=data.paths, subjects=data.subjects)
+
+# %% ../../nbs/07_evaluate/06_segment.ipynb #61c6950f
+class _Predicts:
+    "A segmenter answers"
     @torch.inference_mode()
     def predict(self,
                 images, # (N, C, H, W) in [-1, 1], an `ImageData`, or batches
@@ -169,7 +155,7 @@ class Segmenter:
         patch, found = self.config['patch'], []
         ask = lambda x: self.net(x.contiguous(memory_format=torch.channels_last)).float().softmax(1)
         for x in image_batches(images, chunk):
-            self._check(x.shape, 'images')
+            _check_images(self, x.shape, 'images')
             if patch: x = from_uint8(vessel_channel(to_uint8(x).transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1))
             x = x.to(self.device)
             p = sliding_window_inference(x, patch, 64, ask, overlap, mode='gaussian') if patch else ask(x)
@@ -181,13 +167,9 @@ class Segmenter:
         "The most likely class of each pixel"
         return self.predict(images, **kwargs).argmax(1)
 
-    def _check(self, shape, what):
-        "Raises `ValueError` unless images (N, C, H, W) are what the network was made for"
-        c = self.config
-        if tuple(shape[1:]) != (c['channels'], c['size'], c['size']):
-            raise ValueError(f"the {what} are {' × '.join(map(str, shape[1:]))} (channels, height, width), the "
-                             f"segmenter takes {c['channels']} × {c['size']} × {c['size']}")
-
+# %% ../../nbs/07_evaluate/06_segment.ipynb #444c7cda
+class _Files:
+    "A segmenter as a file"
     def save(self,
              path, # the .safetensors file
             ):
@@ -214,32 +196,64 @@ class Segmenter:
             raise ValueError(f"{path} holds no segmenter ({' '.join(str(e).split())[:100]})") from None
         return s.to(device or default_device())
 
-# %% ../../nbs/07_evaluate/06_segment.ipynb #92bb9fb0
-def _augmentation(config):
-    "Cut pieces, if any are cut, then move them"
-    move, patch = AUGMENT[config['augment']], config['patch']
-    if not patch: return move
-    cut = Patches(patch, -(-config['size']**2 // patch**2))
-    return lambda batch, rng: move(cut(batch, rng), rng) if move else cut(batch, rng)
+# %% ../../nbs/07_evaluate/06_segment.ipynb #be074184
+def _check_arguments(c):
+    "Refuse arguments that no network can be built from. Raises `ValueError`"
+    augment, classes, patch = c['augment'], c['classes'], c['patch']
+    if augment not in AUGMENT: raise ValueError(f"augment is {augment!r}; use one of {', '.join(AUGMENT)}")
+    if classes < 2: raise ValueError(f"classes is {classes}; the background counts, so there are at least 2")
+    if patch is not None and (patch % 8 or not 16 <= patch <= c['size']):
+        raise ValueError(f"patch is {patch}; use a multiple of 8 from 16 to the images' {c['size']}")
+    if patch is not None and c['channels'] not in (1, 3):
+        raise ValueError(f"the patch version takes RGB or grey images, not {c['channels']} channels")
 
-def _labels(masks, classes):
-    "Class ids (N, H, W) uint8 that fit; two classes: background and everything else. Raises `ValueError`"
-    if masks is None: raise ValueError("the data has no masks: there is nothing to learn segmentation from")
-    masks = np.asarray(masks)
-    if classes == 2: masks = (masks > 0).astype(np.uint8)
-    if len(masks) and masks.max() >= classes:
-        raise ValueError(f"a mask holds class {masks.max()}; with classes={classes} they run from 0 to {classes - 1}")
-    return masks
-
-def _training_data(segmenter, data):
-    "Images as the network sees them, with labels that fit. Raises `ValueError`"
+def _check_images(segmenter, shape, what):
+    "Raises `ValueError` unless images (N, C, H, W) are what the network was made for"
     c = segmenter.config
-    if not len(data): raise ValueError("the dataset is empty: there is nothing to learn from")
-    segmenter._check(data.images.shape, "data's images")
-    masks = _labels(data.masks, c['classes'])
-    if not masks.any(): raise ValueError(f"all {len(masks)} masks are empty: the data shows no foreground to learn")
-    images = vessel_channel(np.asarray(data.images)) if c['patch'] else data.images
-    return ImageData(images, masks, paths=data.paths, subjects=data.subjects)
+    if tuple(shape[1:]) != (c['channels'], c['size'], c['size']):
+        raise ValueError(f"the {what} are {' × '.join(map(str, shape[1:]))} (channels, height, width), the "
+                         f"segmenter takes {c['channels']} × {c['size']} × {c['size']}")
+
+# %% ../../nbs/07_evaluate/06_segment.ipynb #59f5b370
+class Segmenter(_Fits, _Predicts, _Files):
+    """A U-Net for segmentation: trained, applied, saved and loaded; whole images or, with `patch`, overlapping pieces
+    of the green channel"""
+    def __init__(self,
+                 size:int=256, # side of the images, pixels
+                 channels:int=3, # of the images
+                 classes:int=2, # background included; with 2, everything above 0 in a mask is foreground
+                 patch:int=None, # side of the pieces, such as 48; None for whole images
+                 width:int=16, # channels of the network at full size
+                 batch_size:int=8, # images per step; with `patch`, as many pieces of each as would cover it
+                 lr:float=1e-3, # Adam's learning rate at the first step, falling to 0 at the last
+                 steps:int=500, # optimiser steps of a fit
+                 augment:str='rotate', # 'rotate', 'flip', 'turn', 'all' or 'none', as for `SkrGAN`
+                 seed:int=0, # of weights, batches and patches
+                ):
+        keep_memory()
+        self.config = dict(size=check_size(size, 16), channels=channels, classes=classes, patch=patch, width=width,
+                           batch_size=batch_size, lr=lr, steps=steps, augment=augment, seed=seed)
+        _check_arguments(self.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = segmentation_unet(1 if patch else channels, classes, width)
+        self.net = net.to(memory_format=torch.channels_last).eval()
+        self._starts = {}
+
+    @property
+    def device(self): return next(self.net.parameters()).device
+
+    @property
+    def name(self) -> str:
+        "What the marks of this segmenter are called in a table of scores"
+        c = self.config
+        pieces = f", pieces of {c['patch']}" if c['patch'] else ''
+        return f"u-net {c['size']} px{pieces}, weights {weights_name(self.net)[:8]}"
+
+    def to(self, device):
+        "Move the network"
+        self.net.to(device, memory_format=torch.channels_last)
+        return self
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #a5551ec9
 def field_of_view(
@@ -288,9 +302,9 @@ def with_masks(
     "Masks for unlabelled images (dual-GAN paper, §IV)"
     masks = segmenter.segment(data).numpy().astype(np.uint8)
     names = data.classes if data.classes and len(data.classes) == segmenter.config['classes'] else None
-    names = names or ('background', *(['foreground']
-                                      if segmenter.config['classes'] == 2
-                                      else [f'class {i}' for i in range(1, segmenter.config['classes'])]))
+    if names is None:
+        n = segmenter.config['classes']
+        names = ('background', *(['foreground'] if n == 2 else [f'class {i}' for i in range(1, n)]))
     return ImageData(data.images, masks, data.sketches, data.paths, data.subjects, names)
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #5fcec5ae
@@ -347,6 +361,5 @@ def _check_folds(data, fold, classes):
     for k in range(int(fold.max()) + 1):
         lost = has.any(0) & ~has[(fold != k).numpy()].any(0)
         if lost.any():
-            raise ValueError(
-                    f"class {lost.argmax()} occurs only in fold {k}, so that nothing would be left to learn it "
-                             f"from: use fewer folds, another seed, or more subjects with it")
+            raise ValueError(f"class {lost.argmax()} occurs only in fold {k}, so that nothing would be left to learn "
+                             "it from: use fewer folds, another seed, or more subjects with it")

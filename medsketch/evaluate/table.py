@@ -26,8 +26,8 @@ from .privacy import privacy_check
 
 # %% ../../nbs/07_evaluate/09_table.ipynb #a196ea34
 METRICS = dict(  # name -> how it is headed in a table
-    swd='SWD × 10³ ↓', ms_ssim='MS-SSIM ↑', diversity='MS-SSIM among synthetic (as real is best)', fid='FID ↓',
-               kid='KID × 100 ↓',
+    swd='SWD × 10³ ↓', ms_ssim='MS-SSIM ↑', diversity='MS-SSIM among synthetic (as real is best)',
+    fid='FID ↓', kid='KID × 100 ↓',
     precision='precision ↑', recall='recall ↑', density='density (1 is best)', coverage='coverage ↑',
     copies='suspiciously near a training image ↓', continuity='')
 FEATURES = ('fid', 'kid', 'precision', 'recall', 'density', 'coverage')  # in the order of `feature_scores`
@@ -162,9 +162,35 @@ def baseline_scores(
     return score_images(some(a, 0), some(b, 1), [m for m in metrics if m != 'copies'], extractor, segmenter,
                         resamples=resamples, seed=seed)
 
+# %% ../../nbs/07_evaluate/09_table.ipynb #05082cec
+class _Scores:
+    "The numbers of a table: of a system, of a line, and which is best"
+    @property
+    def names(self) -> list:
+        "The scores' names, in order"
+        return list(dict.fromkeys(s.name for runs in self.rows.values() for scores in runs for s in scores))
+
+    def _all(self, name):
+        "Every score of a line, those of the baseline last"
+        runs = [scores for found in self.rows.values() for scores in found]
+        return [s for scores in [*runs, self.baseline] for s in scores if s.name == name]
+
+    def _of(self, system, name):
+        "A system's scores of a line, one for each training"
+        return [s for scores in self.rows[system] for s in scores if s.name == name]
+
+    def mean(self, system:str, name:str) -> float:
+        "A system's score, averaged over its trainings; NaN if it has none"
+        found = [s.value for s in self._of(system, name)]
+        return float(np.mean(found)) if found else float('nan')
+
+    def best(self, name:str): # a system's name, or None if the score says nothing about which end is better
+        "Who is first in a line, if anybody is alone there"
+        return _best(self, name)
+
 # %% ../../nbs/07_evaluate/09_table.ipynb #b45083e6
 @dataclass
-class Table:
+class Table(_Scores):
     "Scores of several systems"
     rows:dict # {system: [scores of one training, scores of the next, ...]}, scores being lists of `Score`
     baseline:list=() # of `Score`: between halves of the real images
@@ -178,28 +204,8 @@ class Table:
         for name in self.names: same_origin(name, self._all(name), 'line')
 
     @property
-    def names(self) -> list:
-        "The scores' names, in order"
-        return list(dict.fromkeys(s.name for runs in self.rows.values() for scores in runs for s in scores))
-
-    @property
     def floor(self) -> list: # the earlier name of `baseline`
         return self.baseline
-
-    def _all(self, name):
-        runs = [scores for found in self.rows.values() for scores in found]
-        return [s for scores in [*runs, self.baseline] for s in scores if s.name == name]
-
-    def _of(self, system, name): return [s for scores in self.rows[system] for s in scores if s.name == name]
-
-    def mean(self, system:str, name:str) -> float:
-        "A system's score, averaged over its trainings; NaN if it has none"
-        found = [s.value for s in self._of(system, name)]
-        return float(np.mean(found)) if found else float('nan')
-
-    def best(self, name:str): # a system's name, or None if the score says nothing about which end is better
-        "Who is first in a line, if anybody is alone there"
-        return _best(self, name)
 
     def cells(self) -> list: # of lines of text
         "Header and lines; the best of a line has a *"
@@ -230,16 +236,19 @@ class Table:
 HALVES = 'two halves of the real' # what the baseline's column is called
 
 def _best(table, name):
+    "Who is first in a line by its arrow, or None"
     sign = 1 if '↓' in name else -1 if '↑' in name else 0
     ranked = sorted((sign * table.mean(s, name), s) for s in table.rows if table._of(s, name))
     return ranked[0][1] if sign and len(ranked) > 1 and ranked[0][0] < ranked[1][0] else None
 
 def _cell(table, system, name):
+    "A score and its interval, or mean ± standard deviation over trainings"
     found = table._of(system, name)
     if len(found) < 2: return found[0].text if found else ''
     return f'{table.mean(system, name):.4g} ± {np.std([s.value for s in found], ddof=1):.2g}'
 
 def _cells(table):
+    "Header and lines, a * at the best of a line"
     real = {s.name: s for s in table.baseline}
     lines = [['', *table.rows, *([HALVES] if real else [])]]
     for name in table.names:
@@ -268,6 +277,7 @@ def _origin(table, name):
 
 # %% ../../nbs/07_evaluate/09_table.ipynb #7ab0d528
 def _markdown(table):
+    "Title, table and notes, the best of a line in bold"
     bold = lambda c: f'**{c[:-2]}**' if c.endswith(' *') else c
     lines = [[bold(c.replace('|', '\\|')) for c in line] for line in table.cells()]
     legend, *origins = table.notes()
@@ -276,6 +286,7 @@ def _markdown(table):
     return '\n'.join([*([f'**{table.title}**', ''] if table.title else []), rows, '', *(f'- {n}' for n in notes)])
 
 def _csv(table):
+    "A line per score and training"
     f = io.StringIO()
     numbers = ['value', 'low', 'high', 'sd', 'n_real', 'n_fake', 'extractor', 'note', 'version']
     w = csv.DictWriter(f, ['system', 'training', 'name', *numbers], lineterminator='\n')

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .edges import BASE, pixels_of, _weights, canny_sketch, contour_sketch, get_style, sobel_sketch
+from .edges import BASE, _weights, canny_sketch, contour_sketch, get_style, sobel_sketch
+from .files import pixels_of
 
 # %% ../../nbs/03_sketch/01_variants.ipynb #1289142b
 def mask_strokes(
