@@ -147,6 +147,7 @@ def _from_hub(repo):
         why = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(f"{repo} could not be fetched from the Hub ({why})") from None
 
+# %% ../nbs/09_pretrained.ipynb #82069761
 def load(
     name, # 'fundus' and the like, a .safetensors file, a run's folder, or a Hub id such as 'user/eyes'
     device=None, # `default_device()` if not given
