@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCALES', 'PALETTE', 'seed_everything', 'torch_rng', 'default_device', 'keep_memory', 'scale', 'by_scale',
            'check_size', 'atomic_write', 'weights_name', 'to_uint8', 'from_uint8', 'pictures', 'sketch_to_uint8',
-           'mask_to_rgb', 'to_pixels', 'interactive', 'text_table', 'markdown_table', 'grid', 'sample_grid', 'enlarge',
-           'add_labels', 'show_images', 'png_bytes', 'save_png', 'save_grid']
+           'mask_to_rgb', 'to_pixels', 'interactive', 'markdown_table', 'grid', 'sample_grid', 'enlarge', 'add_labels',
+           'show_images', 'png_bytes', 'save_png', 'save_grid']
 
 # %% ../nbs/00_core.ipynb #012a9c0a
 import contextlib
@@ -201,16 +201,6 @@ def interactive() -> bool: # True in a notebook or a terminal
     return IN_NOTEBOOK or sys.stdout.isatty()
 
 # %% ../nbs/00_core.ipynb #5dbd0072
-def text_table(
-    lines, # of cells, each a list of strings; the first is the header
-    rule:bool=True, # a line of dashes under the header
-) -> str:
-    "Lines of cells as aligned text"
-    wide = [max(map(len, column)) for column in zip(*lines)]
-    out = ['  '.join(c.ljust(w) for c, w in zip(line, wide)).rstrip() for line in lines]
-    if rule: out.insert(1, '-' * max(map(len, out)))
-    return '\n'.join(out)
-
 def markdown_table(
     lines, # of cells, each a list of strings; the first is the header
 ) -> str: # `IPython.display.Markdown` shows it on a page

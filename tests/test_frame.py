@@ -240,6 +240,28 @@ def test_the_renderers_loss_has_lambda_and_half_a_discriminator():
     torch.testing.assert_close(RenderLosses(lam=20.0).g(nets, batch)['l1'], torch.tensor(10.0))
 
 
+def test_strokes_and_feature_matching_reach_the_renderer(data):
+    r = SkrGAN(**SKR, lam=1.0, matching=5.0, strokes=4.0)
+    drawn, *_ = r.prepare(data)
+    g, batch = r.stages(drawn)[1].phases[0], next(r.pairs_of(drawn))
+    losses = g.loss(SimpleNamespace(**r.nets), batch)
+    plain = RenderLosses(lam=1.0).g(SimpleNamespace(**r.nets), batch)
+    assert set(losses) == {'adv', 'l1', 'matching'}
+    assert plain['l1'] < losses['l1'] <= 5 * plain['l1']
+    losses['matching'].backward()
+    assert all(p.grad.abs().sum() > 0 for p in r.nets['G_P'].down.parameters() if p.ndim > 1)
+
+
+def test_a_round_field_is_black_outside_and_comes_back_from_the_file(data, tmp_path):
+    r = SkrGAN(**SKR, field=0.3).fit(data, stages=('render',), progress=False)
+    r.save(tmp_path / 'r.safetensors')
+    for x in (
+        r.render(torch.rand(2, 1, 16, 16)),
+        load_recipe(tmp_path / 'r.safetensors').render(torch.rand(2, 1, 16, 16)),
+    ):
+        assert (x[..., :3, :] == -1).all() and (x[..., 8, 8] > -1).all()
+
+
 def test_the_joint_loss_has_lambda_and_a_quarter_of_each_pair():
     y, x = torch.rand(2, 1, 8, 8), torch.zeros(2, 3, 8, 8)
     zero = fixed(torch.zeros(2, 1))

@@ -12,15 +12,9 @@ import torch
 from medsketch.core import png_bytes
 from medsketch.data import phantom_data
 from medsketch.recipes import RECIPES, recipe_class
-from medsketch.studio.live import (
-    LiveRender,
-    Newest,
-    UploadRender,
-    as_picture,
-    difference,
-    real_image,
-    surprise,
-)
+from medsketch.studio.live import LiveRender, UploadRender
+from medsketch.studio.newest import Newest
+from medsketch.studio.pictures import as_picture, difference, real_image, surprise
 from medsketch.studio.strokes import Drawing
 
 TINY = {"latent_dim": 8, "fmap_base": 64, "fmap_max": 8, "ngf": 4, "ndf": 4, "receptive_field": 16}
@@ -253,7 +247,8 @@ def test_the_page_has_a_picture_where_no_kernel_runs(app):
     import base64
 
     shown = cv2.imdecode(np.frombuffer(base64.b64decode(app._repr_mimebundle_()['image/png']), np.uint8), 1)
-    assert shown.shape == (256, 512, 3)
+    assert shown.shape[1] == 1024 and shown.shape[0] > 512  # pad and image, with labels above
+    assert (shown[-512:, :, ::-1] == app.screenshot()).all()
 
 
 def test_keys_of_the_app_work_on_the_sheet(app):

@@ -236,6 +236,21 @@ def test_variants_of_a_sketch_differ_and_keep_their_image():
     assert torch.equal(variants.jitter(batch, torch_rng(3), p=0.0)['sketch'], batch['sketch'])
 
 
+def test_aligned_strokes_change_their_width_alone():
+    "Within two pixels of where they were, and none is lost"
+    ds = phantom_data('fundus', 2, 256)
+    s = torch.from_numpy(variants.add_variants(ds, 'fundus').sketches[:, None]).float() / 255
+    s = (s > 0.5).float()
+    moved = variants.jitter({'sketch': s}, torch_rng(3), p=1.0, displace=0, omit=0)['sketch']
+    wide = lambda x: torch.nn.functional.max_pool2d(x, 5, 1, 2)
+    assert (moved != s).flatten(1).any(1).sum() >= 8
+    assert (moved <= wide(s)).all()
+    lost = (s > wide(moved)).float().sum((1, 2, 3)) / s.sum((1, 2, 3))
+    assert (lost < 0.5).all()  # strokes of one pixel that would vanish stay, unless most of the sketch is wider
+    displaced = variants.jitter({'sketch': s}, torch_rng(3), p=1.0)['sketch']
+    assert (displaced > wide(s)).any()
+
+
 def test_exchanged_patches_stay_outside_of_what_is_to_be_kept():
     s = (torch.rand(6, 1, 64, 64, generator=torch_rng(0)) < 0.1).float()
     new, stays = variants.exchange_patches(s, rng=torch_rng(1))

@@ -15,7 +15,7 @@ SECTIONS = {
     "Systems": ["06_recipes", "09_pretrained.ipynb"],
     "Evaluation": ["07_evaluate"],
     "Studio": ["08_studio"],
-    "Reference": ["00_core.ipynb", "10_datasheet.ipynb", "10_export.ipynb", "11_cli"],
+    "Reference": ["00_core.ipynb", "10_datasheet.ipynb", "10_export.ipynb", "12_share.ipynb", "11_cli"],
 }
 
 

@@ -88,6 +88,7 @@ def _sheet(data, out):
     if here == source or source in here.parents: here = Path(tempfile.gettempdir())
     names = (here/f"contact-sheet{f'-{i}' if i else ''}.png" for i in range(10**6))
     return next(p for p in names if not p.exists())
+
 def _with_masks(data, size, channels):
     "The data with its masks, read as ids of instances if they are too many for classes"
     try: return load_source(data, size, channels, option='the folder')

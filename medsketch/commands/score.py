@@ -206,6 +206,7 @@ def _plan_compare(names, seeds, scores, size, scale, steps, n, precision, every,
     for seed in seeds: check_settings(settings, names, seed=seed)
     return dict(scale=scale, precision=precision, every=every, resamples=resamples, settings=settings)
 
+# %% ../../nbs/11_cli/07_score.ipynb #951c224d
 def _segmenter(path):
     from medsketch.evaluate.segment import Segmenter
     return Segmenter.load(need_text('--segmenter', path)) if path is not None else None

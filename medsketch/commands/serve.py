@@ -21,6 +21,7 @@ def studio(recipe:str=typer.Argument('fundus', help="packaged name, .safetensors
     from medsketch.studio.app import serve
     raise typer.Exit(serve(str(find_run(recipe)), host, port, Path(need_text('--out', out))))
 
+# %% ../../nbs/11_cli/08_serve.ipynb #a6440159
 def lab(folder:str=typer.Argument('medsketch-notebooks', help="where the copy of the notebooks goes"),
         host:str=typer.Option('127.0.0.1', help="address to listen on"),
         port:int=typer.Option(8888, help="port")):

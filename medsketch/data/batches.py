@@ -25,7 +25,11 @@ def plane_names(
     is_plane = lambda v: isinstance(v, torch.Tensor) and (v.ndim == 4 or v.ndim == 3 and not v.is_floating_point())
     return [k for k, v in batch.items() if is_plane(v)]
 
-def batch_length(batch): return len(batch[plane_names(batch)[0]])
+def batch_length(
+    batch:dict, # a collated batch with at least one plane
+) -> int: # samples
+    "How many samples a batch has"
+    return len(batch[plane_names(batch)[0]])
 
 # %% ../../nbs/02_data/08_batches.ipynb #6ed4cbf3
 def _move(batch, which, moves):

@@ -163,17 +163,21 @@ def _cache_key(cases, how, classes, channels):
                            digest_size=8).hexdigest()
 
 # %% ../../nbs/02_data/09_dataset.ipynb #35514d15
-def _strings(a, n=None): return isinstance(a, list) and all(isinstance(x, str) for x in a) and (n is None or len(a)
-                                                                                                == n)
+def _strings(a, n=None):
+    "Is this a list of texts, of a given length?"
+    return isinstance(a, list) and all(isinstance(x, str) for x in a) and (n is None or len(a) == n)
+
+def _check_names(rest, n):
+    "Raises `ValueError` unless paths, subjects, classes, planes and facts are there, for `n` samples"
+    texts = _strings(rest['paths']) and _strings(rest['subjects'], n) and all(_strings(s, 2) for s in rest['skipped'])
+    classes = rest['classes'] is None or _strings(rest['classes'])
+    ok = n and texts and classes and isinstance(rest['subjects_known'], bool) and 'image' in rest['planes']
+    if not ok or any(len(v) != n for v in rest['facts'].values()): raise ValueError('names')
 
 def _checked(folder, rest, size):
     "The planes of a stored set. Raises `ValueError` if anything is not as it should be"
     n, planes = len(rest['paths']), {}
-    ok = n and _strings(rest['paths']) and _strings(rest['subjects'], n) and (rest['classes'] is None
-                                                                              or _strings(rest['classes']))
-    ok = ok and isinstance(rest['subjects_known'], bool) and all(_strings(s, 2)
-                                                                 for s in rest['skipped']) and 'image' in rest['planes']
-    if not ok or any(len(v) != n for v in rest['facts'].values()): raise ValueError('names')
+    _check_names(rest, n)
     if ('mask' in rest['planes']) != (rest['classes'] is not None): raise ValueError('classes')
     for name, (kind, dtype) in rest['planes'].items():
         a = np.load(folder / f'{Path(name).name}.npy', mmap_mode='r')
@@ -195,6 +199,7 @@ def _from_cache(folder, size):
         return ds
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return None
 
+# %% ../../nbs/02_data/09_dataset.ipynb #a36af680
 def _to_cache(folder, *args):
     "Build a set on disk; the JSON, written last, says that it is whole"
     try:

@@ -20,9 +20,17 @@ from ..core import PALETTE, check_size, to_uint8, torch_rng
 from ..phantoms import PHANTOMS, phantom
 
 # %% ../../nbs/02_data/07_planes.ipynb #eef025bf
-def serve_picture(x): return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
+def serve_picture(
+    x, # (n, C, H, W) uint8 0 ... 255, or float in [-1, 1]
+): # (n, C, H, W) float in [-1, 1]
+    "A picture as networks take it: bytes are scaled, floats are served as they are"
+    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
 
-def serve_table(x): return x.float() if x.is_floating_point() else x.long()
+def serve_table(
+    x, # (n, K) numbers
+): # (n, K) float32 or int64
+    "Rows of a table: measurements as float32, whole numbers as int64"
+    return x.float() if x.is_floating_point() else x.long()
 
 SERVE = {
     'picture': serve_picture,

@@ -44,12 +44,24 @@ class PatchDiscriminator(nn.Module):
         n = RECEPTIVE_FIELDS[receptive_field]
         self.layers, self.least = patch_layers(in_channels, ndf, n, norm), 2**(n + 1) + 2**n if n else 1
 
-    def forward(self, image, condition):
-        "(N, C, H, W) image and (N, C', H, W) sketch -> (N, 1, h, w) logits. Raises `ValueError` if they do not fit"
+    def pair(self, image, condition):
+        "Both as one tensor. Raises `ValueError` if they do not fit"
         if image.shape[:1] + image.shape[2:] != condition.shape[:1] + condition.shape[2:]:
             raise ValueError(f"image {tuple(image.shape)}, condition {tuple(condition.shape)}: batch or size differ")
         x = torch.cat([condition, image], 1)
         if x.shape[1] != self.in_channels or min(x.shape[2:]) < self.least:
             raise ValueError(f"condition and image together have shape {tuple(x.shape)}; this discriminator wants "
                              f"{self.in_channels} channels and at least {self.least} pixels a side")
-        return self.layers(x.contiguous(memory_format=torch.channels_last))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, image, condition):
+        "(N, C, H, W) image and (N, C', H, W) sketch -> (N, 1, h, w) logits. Raises `ValueError` if they do not fit"
+        return self.layers(self.pair(image, condition))
+
+    def features(self, image, condition):
+        "What the hidden layers see in a pair: a list of (N, maps, h, w), fine to coarse"
+        x, seen = self.pair(image, condition), []
+        for layer in self.layers[:-1]:
+            x = layer(x)
+            if isinstance(layer, nn.LeakyReLU): seen.append(x)
+        return seen

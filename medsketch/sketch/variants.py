@@ -106,15 +106,17 @@ def jitter(
     batch:dict, # a collated batch with sketches
     rng:torch.Generator, # where the chance comes from
     p:float=.5, # probability of each change, for each sketch on its own
+    displace:float=1.5, # by up to about so many pixels at 256 px; 0 leaves strokes where they are
+    omit:float=.15, # this share of the paper; 0 leaves nothing out
 ) -> dict: # the same batch, other sketches
     "Displace strokes, change their width, leave some out. Images and masks stay as they are"
     s, n = batch['sketch'], len(batch['sketch'])
     zoom = s.shape[-1] / BASE
     chosen = lambda: (torch.rand(n, 1, 1, 1, generator=rng) < p).to(s)
-    s = torch.lerp(s, _warp(s, rng, 1.5 * zoom), chosen())
+    if displace: s = torch.lerp(s, _warp(s, rng, displace * zoom), chosen())
     wide = chosen() * torch.tensor([-1., 1., 1., 2.])[torch.randint(4, (n, 1, 1, 1), generator=rng)]
     for by in (-1, 1, 2): s = torch.where(wide == by, _other_pen(s, round(by * zoom)), s)
-    s = torch.where(chosen() > 0, _omit(s, rng, .15), s)
+    if omit: s = torch.where(chosen() > 0, _omit(s, rng, omit), s)
     return batch | dict(sketch=s.clamp(0, 1))
 
 # %% ../../nbs/03_sketch/01_variants.ipynb #99312c24

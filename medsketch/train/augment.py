@@ -153,28 +153,15 @@ def _augment(aug, planes, kinds, fills):
         out.append(x if cut is None else y.contiguous(memory_format=_layout(x)))
     return tuple(out)
 
-# %% ../../nbs/05_train/06_augment.ipynb #59dccc16
-class DiffAugment:
-    "Random operations in front of D, differentiable, for real and fake alike (Zhao et al. 2020; Karras et al. 2020)"
-    def __init__(self,
-                 policy='translate,cutout', # see `policy_by_name`
-                 p:float=None, # probability of each operation, in [0, 1]; 1, or 0 to begin with if adaptive
-                 target:float=None, # adaptive: the sign of D on reals that p aims at, .6 in the paper; None keeps p
-                 kinds='picture', # kind of each plane, see `FILL`; one for all, or a sequence
-                 fill=None, # value outside and in holes, for each plane; that of its kind if not given
-                 shift:float=1/8, # greatest translation, in sides
-                 hole:float=1/4, # side of the cutout, in sides
-                 degrees:float=10., # greatest turn, either way
-                 zoom:float=.1, # greatest change of size, either way
-                 light:float=.5, # greatest change of brightness and contrast; saturation changes twice as much
-                ):
+# %% ../../nbs/05_train/06_augment.ipynb #ce4a0d1e
+class _Probability:
+    "How often an operation is applied: a fixed p, or one that follows the signs of D on real images"
+    def _begin(self, p, target):
         p = (1. if target is None else 0.) if p is None else float(p)
         if not 0 <= p <= 1: raise ValueError(f"p={p} is a probability: pass 0 to 1")
         if target is not None and not -1 < target < 1:
             raise ValueError(f"target={target} is a mean sign of D on reals: pass a number from -1 to 1, such as .6")
-        self.policy, self.target, self.kinds, self.fill = policy_by_name(policy), target, kinds, fill
-        self.shift, self.hole, self.degrees, self.zoom, self.light = shift, hole, degrees, zoom, light
-        self.p = p if target is None else torch.tensor(p)
+        self.p, self.target = p if target is None else torch.tensor(p), target
         self.signs = torch.zeros(2)  # sum of the signs of D on reals, and how many there were
 
     def see(self,
@@ -192,6 +179,25 @@ class DiffAugment:
         way = (total - self.target * count).sign()  # 0 if nothing was seen
         self.p = (self.p.to(way.device) + way * part).clamp(0, 1)
         self.signs = torch.zeros_like(self.signs)
+
+# %% ../../nbs/05_train/06_augment.ipynb #59dccc16
+class DiffAugment(_Probability):
+    "Random operations in front of D, differentiable, for real and fake alike (Zhao et al. 2020; Karras et al. 2020)"
+    def __init__(self,
+                 policy='translate,cutout', # see `policy_by_name`
+                 p:float=None, # probability of each operation, in [0, 1]; 1, or 0 to begin with if adaptive
+                 target:float=None, # adaptive: the sign of D on reals that p aims at, .6 in the paper; None keeps p
+                 kinds='picture', # kind of each plane, see `FILL`; one for all, or a sequence
+                 fill=None, # value outside and in holes, for each plane; that of its kind if not given
+                 shift:float=1/8, # greatest translation, in sides
+                 hole:float=1/4, # side of the cutout, in sides
+                 degrees:float=10., # greatest turn, either way
+                 zoom:float=.1, # greatest change of size, either way
+                 light:float=.5, # greatest change of brightness and contrast; saturation changes twice as much
+                ):
+        self._begin(p, target)
+        self.policy, self.kinds, self.fill = policy_by_name(policy), kinds, fill
+        self.shift, self.hole, self.degrees, self.zoom, self.light = shift, hole, degrees, zoom, light
 
     def __call__(self,
                  *planes:torch.Tensor, # (N, C, H, W) each, or (N, H, W) class ids; all of the same samples

@@ -296,7 +296,7 @@ class _Bar(Callback):
         import matplotlib.pyplot as plt
         from IPython.display import display
         pixels = next((c.pixels for c in trainer.callbacks if isinstance(c, SampleGrid)), None)
-        fig, axes = plt.subplots(1, 2, figsize=(11.5, 3), width_ratios=(1, 1.4), dpi=72)
+        fig, axes = plt.subplots(1, 2, figsize=(11.5, 3), width_ratios=(1, 1.4), dpi=90)
         for k, v in self.curves.items(): axes[0].plot(self.steps[-len(v):], v, label=k, lw=1)
         axes[0].legend(fontsize=7); axes[0].set_xlabel('step', fontsize=8); axes[0].tick_params(labelsize=7)
         axes[1].axis('off')

@@ -30,7 +30,8 @@ def write_weights(
     flat = {f'{k}.{name}': short(t.detach().cpu().contiguous())
             for k, n in nets.items() for name, t in n.state_dict().items()}
     try:
-        data = to_bytes(flat, metadata={'medsketch': json.dumps(about | dict(version=version('medsketch')))})
+        mine = json.dumps(about | dict(version=version('medsketch')))
+        data = to_bytes(flat, metadata=dict(format='pt', medsketch=mine))  # the Hub shows tensors of that format
         if Path(path).is_file() and Path(path).read_bytes() == data: return
         with atomic_write(path) as f: f.write(data)
     except OSError as e: raise RuntimeError(f"could not write {path}: {e.strerror or e}") from e

@@ -14,7 +14,7 @@ from PIL import Image
 from medsketch.core import to_uint8
 from medsketch.phantoms import phantom
 from medsketch.pretrained import load, packaged
-from medsketch.studio.live import as_picture
+from medsketch.studio.pictures import as_picture
 from medsketch.studio.strokes import Drawing, Picture
 
 DATA = Path(os.environ.get("MEDSKETCH_DATA", Path(__file__).parents[3] / "shared/data"))

@@ -1,0 +1,96 @@
+"""A model for others: what is written, what is refused, and that nothing leaves the machine unasked."""
+
+import json
+
+import pytest
+import torch
+from faults import contents
+from safetensors import safe_open
+
+from medsketch import cli, share
+from medsketch.pretrained import load
+
+
+def run(capsys, *words):
+    "Exit status, and what was printed"
+    with pytest.raises(SystemExit) as e:
+        cli.main(list(words))
+    out = capsys.readouterr()
+    return e.value.code, out.out + out.err
+
+
+def test_a_prepared_repository_loads_and_names_no_folder(tmp_path, capsys):
+    code, said = run(capsys, 'push', 'fundus', 'someone/eyes', '--to', str(tmp_path / 'repo'), '--licence', 'cc-by-4.0')
+    assert code == 0 and 'nothing was uploaded' in said
+    assert sorted(p.name for p in (tmp_path / 'repo').iterdir()) == ['README.md', 'weights.safetensors']
+    card = (tmp_path / 'repo/README.md').read_text('utf-8')
+    assert card.startswith('---\n') and 'license: cc-by-4.0' in card and str(tmp_path) not in card
+    x = torch.rand(1, 256, 256)
+    assert torch.equal(load(tmp_path / 'repo').render(x), load('fundus').render(x))
+
+
+@pytest.mark.parametrize(
+    'words, why',
+    [
+        (['push', 'fundus', 'eyes', '--to', 'R'], 'no name for the Hub'),
+        (['push', 'fundus', '../../etc', '--to', 'R'], 'no name for the Hub'),
+        (['push', 'nothing', 'a/b', '--to', 'R'], 'no weights are called nothing'),
+        (['push', 'fundus', 'a/b', '--to', ''], '--out is empty'),
+        (['push', 'fundus', 'a/b', '--to', 'R', '--privacy', 'P'], 'is not what'),
+        (['push', 'fundus', 'a/b', '--to', 'R', '--privacy', 'missing'], 'No such file'),
+        (['onnx', 'fundus', '--out', 'x.pt'], 'ends in .onnx'),
+        (['onnx', 'nothing', '--out', 'x.onnx'], 'no weights are called nothing'),
+        (['onnx', 'fundus'], "Missing option '--out'"),
+    ],
+)
+def test_what_cannot_be_shared_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys, words, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'P').write_text('{"alarm": "no"}')
+    before = contents(tmp_path)
+    code, said = run(capsys, *words)
+    assert code and why in said and said.count('\n') == 1 and contents(tmp_path) == before
+
+
+def test_copies_of_patients_are_not_uploaded(tmp_path):
+    class Hub:
+        def __getattr__(self, name):
+            raise AssertionError(f'{name} was called')
+
+    with pytest.raises(ValueError, match='not uploaded'):
+        share.push('fundus', 'a/b', api=Hub(), privacy={'alarm': True})
+
+
+def test_a_file_that_was_there_stays(tmp_path, capsys):
+    (tmp_path / 'README.md').write_text('mine')
+    code, said = run(capsys, 'push', 'fundus', 'a/b', '--to', str(tmp_path))
+    assert code == 1 and 'there already' in said and (tmp_path / 'README.md').read_text() == 'mine'
+    (tmp_path / 'x.onnx').write_text('mine')
+    code, said = run(capsys, 'onnx', 'fundus', '--out', str(tmp_path / 'x.onnx'))
+    assert code == 1 and 'there already' in said and (tmp_path / 'x.onnx').read_text() == 'mine'
+
+
+def test_a_converted_file_that_differs_is_not_written(tmp_path, monkeypatch):
+    ort = pytest.importorskip('onnxruntime', reason="medsketch[onnx] is not installed")
+
+    class Wrong:
+        def __init__(self, *a, **k):
+            pass
+
+        def run(self, _, feed):
+            return [feed['sketch'].repeat(3, 1) * 0 + 2]
+
+    monkeypatch.setattr(ort, 'InferenceSession', Wrong)
+    from medsketch.recipes import SkrGAN
+
+    r = SkrGAN(16, fmap_base=32, fmap_max=8, latent_dim=8, ngf=4, ndf=4, receptive_field=16)
+    with pytest.raises(RuntimeError, match='differ'):
+        share.to_onnx(r, tmp_path / 'x.onnx')
+    assert not list(tmp_path.iterdir())
+
+
+def test_saved_weights_say_their_format(tmp_path):
+    "The Hub shows the tensors of files that do"
+    load('fundus').save(tmp_path / 'w.safetensors')
+    with safe_open(tmp_path / 'w.safetensors', 'pt') as f:
+        found = f.metadata()
+    assert found['format'] == 'pt' and json.loads(found['medsketch'])['recipe'] == 'skrgan'
