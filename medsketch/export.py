@@ -113,6 +113,7 @@ def write_sample(
         if isinstance(names, dict): line['label_name'] = list(names)[line['label']]
     return line
 
+# %% ../nbs/10_export.ipynb #5b0e71d0
 def _write_images(folder, stem, image, index, plan):
     "The picture, or one for each modality; gives their columns, and the first as DICOM"
     line, dicom, captured = {}, plan.format == 'dicom', None
