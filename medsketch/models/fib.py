@@ -13,12 +13,12 @@ from torch import nn
 
 from .layers import Conv2d, norm_layer
 
-# %% ../../nbs/04_models/06_fib.ipynb #bd1d8639
+# %% ../../nbs/04_models/06_fib.ipynb #6652c904
 class ResidualBlock(nn.Module):
     "Two convolutions whose result is added to what came in"
     def __init__(self,
         channels:int, # feature maps in and out
-        norm:str='instance', # 'batch', 'instance' or 'none'
+        norm:str='batch', # 'batch', 'instance' or 'none'
     ):
         super().__init__()
         layers = lambda: [Conv2d(channels, channels, 3, 1, 1), norm_layer(norm, channels)]
@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
         "(N, C, H, W) -> the same shape"
         return x + self.layers(x)
 
-# %% ../../nbs/04_models/06_fib.ipynb #35ae6d9e
+# %% ../../nbs/04_models/06_fib.ipynb #e00cbd71
 class ResidualGenerator(nn.Module):
     "Encoder, residual blocks, decoder (§2.1): conditions in, images in [-1, 1] out"
     def __init__(self,
@@ -37,7 +37,7 @@ class ResidualGenerator(nn.Module):
         width:int=64, # feature maps at full size; twice as many at each halving
         blocks:int=10, # residual blocks at the smallest size (§2.1)
         halvings:int=2, # of the side
-        norm:str='instance', # 'batch', 'instance' or 'none'
+        norm:str='batch', # 'batch', 'instance' or 'none'
     ):
         super().__init__()
         self.in_channels, self.factor = in_channels, 2**halvings

@@ -41,7 +41,7 @@ def mask_data(
     data = sized(data, size, channels)
     if not isinstance(data, ImageData): data = data.in_memory()
     if data.masks is None:
-        raise ValueError("the data has no masks, and the dual GAN learns from them: lay them beside the images "
+        raise ValueError("the data has no masks, and this recipe learns from them: lay them beside the images "
                          "(masks/NAME.png), or let a trained segmenter draw them")
     seen = np.unique(np.concatenate([np.unique(data.masks[i]) for i in range(len(data))]))
     if len(seen) < 2:
@@ -185,7 +185,7 @@ class DualGANDrawing:
 class DualGAN(DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
     "Noise to mask to image (Guibas et al. 2017)"
     name = 'dualgan'
-    inference, pairs, least = ('G_M', 'G_P'), 2, 16
+    inference, pairs, least, masks = ('G_M', 'G_P'), 2, 16, True
     presets = dict(
         tour=dict(size=32, latent_dim=32, ngf=24, ndf=16, receptive_field=34, lr=1e-3, batch_size=8, mask_steps=600,
                   render_steps=250),

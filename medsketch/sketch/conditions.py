@@ -39,17 +39,18 @@ def add_background_sketches(
     drawn = [background_sketch(pixels_of(ds, i), ds.masks[i], **how) * 255 for i in range(len(ds))]
     return ds.with_sketches(np.stack(drawn).astype(np.uint8))
 
-# %% ../../nbs/03_sketch/03_conditions.ipynb #8c0c3d90
+# %% ../../nbs/03_sketch/03_conditions.ipynb #0cae2d19
 def condition_planes(
     mask, # (N, H, W) int64 class ids, 0 = background
     sketch=None, # (N, 1, H, W) in [0, 1], 1 = stroke; None: the condition of a mask alone
-    classes:int=3, # of the mask, with the background
+    classes:int=3, # of the mask, with the background; 2: everything above 0 is object
 ) -> torch.Tensor: # (N, classes - 1, H, W), and a plane more with a sketch; in [0, 1]
     "Mask and background sketch as what a network renders (§2.2). Raises `ValueError` in one line if they do not fit"
     if mask.is_floating_point() or mask.ndim != 3:
-        raise ValueError(f"the mask is {str(mask.dtype)[6:]} {tuple(mask.shape)}; class ids are whole numbers (N, H, W)")
-    if mask.numel() and not 0 <= mask.min() <= mask.max() < classes:
-        odd = int(mask.min() if mask.min() < 0 else mask.max())
+        raise ValueError(f"the mask is {str(mask.dtype)[6:]} {tuple(mask.shape)}; class ids are integers (N, H, W)")
+    low, high = (int(mask.min()), int(mask.max())) if mask.numel() else (0, 0)
+    if low < 0 or high >= classes > 2:
+        odd = low if low < 0 else high
         raise ValueError(f"the mask holds class {odd}, and the classes are 0 to {classes - 1}")
     planes = mask_planes(mask.long(), classes)[:, 0 if classes == 2 else 1:]
     if sketch is None: return planes
