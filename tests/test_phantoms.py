@@ -10,6 +10,7 @@ import torch
 from medsketch.phantoms import PHANTOMS, phantom, shrink_mask
 from medsketch.phantoms.brain_mri import draw_brain_mri
 from medsketch.phantoms.fundus import fundus_anatomy, fundus_vessels
+from medsketch.phantoms.scanner import make_probe, scan, speckle
 
 KINDS = list(PHANTOMS)
 SEEDS = range(6)
@@ -209,6 +210,54 @@ def test_tumour_parts():
         assert t2[mask == oedema].mean() > t2[healthy].mean() and t1[mask == oedema].mean() < t1[healthy].mean()
         _, healthy_mask = draw_brain_mri(np.random.default_rng(seed), 256, tumour=False)
         assert healthy_mask.max() < oedema
+
+
+def test_follicles_lie_in_the_ovary_and_are_dark():
+    for seed in SEEDS:
+        image, mask, k = draw('ultrasound', seed)
+        follicle, ovary = mask == k['follicle'], mask == k['ovary']
+        shore = cv2.dilate(follicle.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+        assert set(np.unique(mask[shore])) == {k['ovary'], k['follicle']}
+        core = cv2.erode(follicle.astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+        assert image[0][core].mean() < image[0][ovary].mean() - 0.3
+        assert 0.03 < follicle.sum() / ovary.sum() < 1
+        assert (cv2.connectedComponents(follicle.astype(np.uint8))[0] - 1) in range(1, 9)
+
+
+def test_nothing_is_seen_outside_the_field():
+    for kind in ('ultrasound', 'foetal_head'):
+        image, mask, _ = draw(kind, 0)
+        dark = (image[0] == -1) & (mask > 0)
+        assert (image[0, 0] == -1).all() and (image[0, :, :2] == -1).mean() > 0.3 and dark.mean() < 0.02
+
+
+def test_fluid_enhances_and_bone_shadows():
+    body, left, right = np.full((256, 256), -18.0, np.float32), np.zeros((256, 256)), np.zeros((256, 256))
+    cv2.circle(left, (90, 100), 24, 1, -1)
+    cv2.circle(right, (165, 100), 8, 1, -1)
+    probe = make_probe(np.random.default_rng(0), linear=True)
+    loss = 60 - 45 * left + 840 * right
+    image = scan(np.random.default_rng(0), body - 42 * left, loss, 0 * left, probe, 256)
+    behind = {x: image[150:200, x - 5 : x + 5].mean() for x in (90, 128, 165)}
+    assert behind[90] > behind[128] + 0.05 and behind[165] < 0.5 * behind[128]
+
+
+def test_speckle_is_rayleigh():
+    amplitude = np.sqrt(np.concatenate([speckle(np.random.default_rng(s), 0.4) for s in range(12)]))
+    assert abs((amplitude**2).mean() - 1) < 0.05
+    assert abs(amplitude.mean() / amplitude.std() - 1.913) < 0.08
+    near = np.corrcoef(amplitude[:, 1:].ravel(), amplitude[:, :-1].ravel())[0, 1]
+    assert near > 0.4  # neighbouring beams share scatterers
+
+
+def test_skull_is_a_closed_ring():
+    for seed in SEEDS:
+        image, mask, k = draw('foetal_head', seed, 512)
+        inside = np.isin(mask, [k['brain'], k['midline'], k['cavum']])
+        assert image[0][mask == k['skull']].mean() > image[0][mask == k['brain']].mean() + 0.3
+        rim = (cv2.dilate(inside.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0) & ~inside
+        assert (mask[rim] == k['skull']).mean() > 0.9  # but where the field cuts it off
+        assert (mask == k['cavum']).sum() > 100
 
 
 def test_small_mask_keeps_thin_structures():

@@ -38,6 +38,7 @@ REAL = {
     'lung_ct': 'ct/lung_pet_ct_dx',
     'brain_mri': 'brain_mri/brisc2025',
     'ultrasound': 'ultrasound/busi',
+    'foetal_head': 'ultrasound/busi',
     'generic': 'endoscopy/kvasir_seg',
 }
 needs_data = pytest.mark.skipif(

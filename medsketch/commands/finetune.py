@@ -11,7 +11,8 @@ from pathlib import Path
 from .tools import find_run
 
 # %% ../../nbs/11_cli/04_finetune.ipynb #611e2077
-SHAPING = dict(G_P=('size', 'channels', 'ngf', 'ngf_max', 'depth', 'position', 'renderer', 'style'),
+SHAPING = dict(G_P=('size', 'channels', 'ngf', 'ngf_max', 'depth', 'position', 'renderer', 'style', 'blocks',
+                    'fade_maps', 'sketch'),
                others=('latent_dim', 'fmap_base', 'fmap_max', 'widths', 'ndf', 'receptive_field', 'classes', 'start'))
 
 def init_of(

@@ -96,7 +96,7 @@ def time_steps(
 ) -> float: # seconds for one step of every stage
     "How long one step of every stage takes at the last size"
     config = settings | cls.steps_each(steps * cls.pairs, settings['size'])
-    if 'start' in config or 'batches' in config: config |= dict(start=settings['size'], batches=steps)
+    if 'batches' in config: config |= dict(start=settings['size'], batches=steps)
     few = data.subset(range(64)) if 'style' in config and len(data) > 64 else data
     clock = Clock()
     cls(**config).fit(few, None, progress=False, callbacks=[clock], **kwargs)

@@ -2,7 +2,8 @@
 from medsketch.recipes.base import RECIPES, Recipe, load_recipe, recipe_class
 from medsketch.recipes.baselines import ACGAN, DCGAN, PGGAN, WGAN, WGANGP
 from medsketch.recipes.dualgan import DualGAN
+from medsketch.recipes.pgsgan import PGSgan
 from medsketch.recipes.skrgan import SkrGAN
 
-__all__ = ["ACGAN", "DCGAN", "PGGAN", "RECIPES", "WGAN", "WGANGP", "DualGAN", "Recipe", "SkrGAN", "load_recipe",
-           "recipe_class"]
+__all__ = ["ACGAN", "DCGAN", "PGGAN", "RECIPES", "WGAN", "WGANGP", "DualGAN", "PGSgan", "Recipe", "SkrGAN",
+           "load_recipe", "recipe_class"]

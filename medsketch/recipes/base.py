@@ -304,6 +304,7 @@ class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks)
     inference = ()   # names of the networks that sampling and rendering need; all if empty
     pairs = 1        # pairs of networks that are trained one after the other, each for the steps of `steps_each`
     least = 4        # smallest size, pixels
+    masks = False    # does it learn from masks?
 
     def __init_subclass__(cls):
         if cls.name: RECIPES[cls.name] = cls

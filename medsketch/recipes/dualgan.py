@@ -42,7 +42,7 @@ def mask_data(
     data = sized(data, size, channels)
     if not isinstance(data, ImageData): data = data.in_memory()
     if data.masks is None:
-        raise ValueError("the data has no masks, and the dual GAN learns from them: lay them beside the images "
+        raise ValueError("the data has no masks, and this recipe learns from them: lay them beside the images "
                          "(masks/NAME.png), or let a trained segmenter draw them")
     seen = np.unique(np.concatenate([np.unique(data.masks[i]) for i in range(len(data))]))
     if len(seen) < 2:
@@ -202,7 +202,7 @@ class DualGANScales:
 class DualGAN(DualGANScales, DualGANData, DualGANStages, DualGANParts, DualGANDrawing, Recipe):
     "Noise to mask to image (Guibas et al. 2017)"
     name = 'dualgan'
-    inference, pairs, least = ('G_M', 'G_P'), 2, 16
+    inference, pairs, least, masks = ('G_M', 'G_P'), 2, 16, True
 
     def __init__(self,
                  size:int=256, # side of images and masks, pixels (power of two from 16); the paper's is 512 (§IV)

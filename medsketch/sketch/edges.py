@@ -52,6 +52,8 @@ STYLES = {
     'brain_mri': SketchStyle(smooth=.65, local=4.5, balance=.65, side='dark', threshold=1., support=.05),
     'ultrasound': SketchStyle(fine=2., smooth=1.5, local=6., balance=.5, side='bright', threshold=1., margin=.02,
                               opening=9, support=.12, field=.03, rim=8.),
+    'foetal_head': SketchStyle(fine=1.5, smooth=1.2, local=8., balance=.5, side='bright', threshold=1., margin=.02,
+                               opening=7, field=.03, rim=8.),
 }
 
 # %% ../../nbs/03_sketch/00_edges.ipynb #c27c7d5f
