@@ -171,10 +171,9 @@ def ramp(
 class StyleGAN2(StyleSampling, Projecting, GAN):
     "Style-based GAN with adaptive augmentation (Karras et al. 2020)"
     name, least = 'stylegan2', 8
-    presets = dict(tour=dict(size=32, latent_dim=32, w_dim=32, mapping_layers=4, fmap_base=256, fmap_max=32,
-                             batch_size=16, steps=400, r1=.1),
-                   cpu=dict(size=64, latent_dim=128, w_dim=128, fmap_base=1024, fmap_max=96, batch_size=16,
-                            steps=6000),
+    presets = dict(tour=dict(size=32, latent_dim=32, w_dim=32, mapping_layers=2, fmap_base=512, fmap_max=32, lr=5e-3,
+                             batch_size=8, steps=500, r1=.02, path_length=.5, mixing=.5),
+                   cpu=dict(size=64, latent_dim=128, w_dim=128, fmap_base=512, fmap_max=64, batch_size=8, steps=20_000),
                    gpu=dict(size=256, steps=20_000),
                    paper=dict(size=256, fmap_base=16384, batch_size=32, steps=187_500, r1=10., ada=None,
                               diffaugment=None))
@@ -203,7 +202,8 @@ class StyleGAN2(StyleSampling, Projecting, GAN):
     def networks(self):
         c = self.config
         width = c['fmap_base'], c['fmap_max'], c['widths']
-        return dict(G=StyleGenerator(c['size'], c['channels'], c['latent_dim'], c['w_dim'], *width, c['mapping_layers']),
+        codes = c['latent_dim'], c['w_dim']
+        return dict(G=StyleGenerator(c['size'], c['channels'], *codes, *width, c['mapping_layers']),
                     D=ResidualDiscriminator(c['size'], c['channels'], *width))
 
     def optimiser(self, params):
@@ -215,5 +215,9 @@ class StyleGAN2(StyleSampling, Projecting, GAN):
         c = self.config
         r1 = 2e-4 * c['size']**2 / c['batch_size'] if c['r1'] is None else c['r1']
         path = PathLength(self.random_styles, c['path_length']) if c['path_length'] else None
-        return StyleGame(path, generate=self.imagine, real=self.real, r1=r1,
-                         augment=augmenter(c['diffaugment'], c['ada']))
+        self.augmentation = augmenter(c['diffaugment'], c['ada'])
+        return StyleGame(path, generate=self.imagine, real=self.real, r1=r1, augment=self.augmentation)
+
+    def columns(self):
+        "The adaptive probability, for the log"
+        return {} if self.config['ada'] is None else dict(p=f'{float(self.augmentation.p):.3f}')

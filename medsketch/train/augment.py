@@ -31,7 +31,7 @@ def look_up(
 
 # %% ../../nbs/05_train/06_augment.ipynb #511f0604
 class _Sample(torch.autograd.Function):
-    "Look up pixels at fixed points, zero or mirrored outside, or spread them back; each is the other's gradient, to any order"
+    "Look up pixels at fixed points, zero or mirrored outside, or spread them back: each the other's gradient, always"
     @staticmethod
     def forward(ctx, x, points, mode, mirror, back):
         ctx.save_for_backward(points)

@@ -65,7 +65,7 @@ def places(
     side:tuple, # height and width, pixels
 ) -> torch.Tensor: # (N, H, W, 2) points for `grid_sample`, x before y, -1 and 1 at the outer edges
     "Where each pixel of the moved image looks in the one given"
-    y, x = torch.meshgrid(*((torch.arange(n, device=inverse.device) - (n - 1) / 2 for n in side)), indexing='ij')
+    y, x = torch.meshgrid(*(torch.arange(n, device=inverse.device) - (n - 1) / 2 for n in side), indexing='ij')
     at = torch.stack([x, y, torch.ones_like(x)], -1)                        # (H, W, 3)
     at = at.flatten(0, 1) @ inverse.mT[..., :2] * torch.tensor([2 / side[1], 2 / side[0]], device=at.device)
     return at.unflatten(1, side)
