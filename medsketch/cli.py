@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'about', 'main', 'failed', 'METRICS', 'demo_one', 'table', 'sketch', 'inspect', 'train', 'sample', 'render',
-           'export', 'evaluate', 'compare', 'privacy', 'push', 'onnx', 'studio', 'lab', 'pretrain', 'demo']
+           'export', 'evaluate', 'compare', 'privacy', 'push', 'onnx', 'studio', 'lab', 'pretrain', 'convert', 'demo']
 
 # %% ../nbs/11_cli/00_app.ipynb #f815732a
 import os
@@ -13,6 +13,7 @@ import warnings
 
 import typer
 
+from .commands.convert import convert
 from .commands.data import inspect, sketch
 from .commands.demo import demo, demo_one, table
 from .commands.draw import export, render, sample
@@ -23,13 +24,13 @@ from .commands.tools import Command, Stopped, plain_streams, reason, say
 from .commands.train import train
 
 _all_ = ['METRICS', 'demo_one', 'table', 'sketch', 'inspect', 'train', 'sample', 'render', 'export', 'evaluate',
-         'compare', 'privacy', 'push', 'onnx', 'studio', 'lab', 'pretrain', 'demo']
+         'compare', 'privacy', 'push', 'onnx', 'studio', 'lab', 'pretrain', 'convert', 'demo']
 
 # %% ../nbs/11_cli/00_app.ipynb #3568bd25
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 for command in (demo, inspect, sketch, train, sample, render, export, evaluate, compare, privacy, push, onnx, studio,
-                lab, pretrain):
+                lab, pretrain, convert):
     app.command(cls=Command)(command)
 
 def _version(asked:bool):

@@ -20,6 +20,7 @@ from medsketch.train.augment import (
     recolour,
 )
 from medsketch.train.augment import _Sample as Sample
+from medsketch.train.bgc import Dice, blit, geometry, recolour_by, tone
 from medsketch.train.callbacks import Checkpoint
 from medsketch.train.losses import r1_penalty
 from medsketch.train.trainer import Phase, Trainer
@@ -52,12 +53,15 @@ def test_look_up_of_an_oblong_image():
     assert torch.equal(moved[0, :, 1:], x[0, :, :-1]) and torch.equal(moved[1, ..., 5:], x[1, ..., :-5])
 
 
+@pytest.mark.parametrize('mirror', [False, True])
 @pytest.mark.parametrize('mode', ['bilinear', 'nearest'])
-def test_sampling_differentiates_twice(mode):
+def test_sampling_differentiates_twice(mode, mirror):
     x, at = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True), points(2, (6, 6))
-    torch.testing.assert_close(Sample.apply(x, at, mode, False), F.grid_sample(x, at, mode, align_corners=False))
-    assert torch.autograd.gradcheck(lambda x: Sample.apply(x, at, mode, False), x)
-    assert torch.autograd.gradgradcheck(lambda x: Sample.apply(x, at, mode, False) ** 2, x)
+    look = lambda x: Sample.apply(x, at, mode, mirror, False)
+    outside = 'reflection' if mirror else 'zeros'
+    torch.testing.assert_close(look(x), F.grid_sample(x, at, mode, outside, align_corners=False))
+    assert torch.autograd.gradcheck(look, x)
+    assert torch.autograd.gradgradcheck(lambda x: look(x) ** 2, x)
 
 
 def test_penalty_through_augmentation_equals_finite_differences():
@@ -95,7 +99,7 @@ def test_every_operation_lets_the_gradient_of_g_through(name):
     assert x.grad.isfinite().all() and (touched > 0.6).all()
 
 
-@pytest.mark.parametrize('name', OPERATIONS)
+@pytest.mark.parametrize('name', [o for o in OPERATIONS if o not in POLICIES['bgc']])
 def test_p_is_the_share_of_samples_and_drawn_for_each_operation(name):
     torch.manual_seed(0)
     x = torch.rand(400, 3, 16, 16)
@@ -386,3 +390,55 @@ def test_resumed_adaptive_training_equals_one_in_a_piece(tmp_path):
     assert 0 < float(aug.p) < 1 and float(aug.p) == float(later.p) and torch.equal(aug.signs, later.signs)
     for a, b in zip(whole.parameters(), again.parameters()):
         assert torch.equal(a, b)
+
+
+# ---- the operations of StyleGAN2-ADA ---------------------------------------------------------
+
+
+def chosen(values, neutral):
+    return (values != neutral).float().mean().item()
+
+
+def test_bgc_draws_each_operation_with_its_own_probability():
+    torch.manual_seed(0)
+    n, p, side = 20_000, 0.3, (64, 32)
+    m, t = blit(Dice(n, p), side), tone(Dice(n, p))
+    whole = (m[:, :2, :2].abs() == torch.eye(2)).flatten(1).all(1) | (m[:, :2, :2].abs() == 0).any(2).all(1)
+    assert whole.all() and (m[:, :2, 2] == m[:, :2, 2].round()).all()  # pixels only, none blended
+    assert chosen(torch.linalg.det(m), 1.0) == pytest.approx(p / 2, abs=0.02)  # half of the mirrorings mirror
+    upright = (m[:, :2, :2].abs() == torch.eye(2)).flatten(1).all(1)
+    assert chosen(upright, True) == pytest.approx(p / 2, abs=0.02)  # two of four quarter turns
+    assert m[upright][:, 0, 2].abs().max() == 4 and m[upright][:, 1, 2].abs().max() == 8  # an eighth of each side
+    g = geometry(Dice(n, p), side)
+    turned = (g[:, 0, 1] != 0).float().mean().item()
+    assert turned == pytest.approx(p, abs=0.02)  # both turns together
+    assert torch.linalg.det(g[:, :2, :2]).log2().std() == pytest.approx(0.4 * p**0.5, rel=0.05)
+    assert chosen(torch.linalg.det(t[:, :3, :3]) < 0, False) == pytest.approx(p / 2, abs=0.02)  # luma flips
+
+
+def test_bgc_leaves_the_rest_to_the_bit_and_the_mean_in_place():
+    torch.manual_seed(0)
+    x = torch.rand(300, 3, 16, 16)
+    same = (DiffAugment('bgc', p=0.1)(x) == x).flatten(1).all(1).float().mean().item()
+    assert 0.2 < same < 0.45
+    assert torch.equal(DiffAugment('bgc', p=0)(x), x)
+    last = DiffAugment('bgc', p=1.0)(x.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_bgc_moves_masks_along_and_takes_any_channels(channels):
+    torch.manual_seed(0)
+    mask = torch.zeros(8, 16, 16, dtype=torch.long)
+    mask[:, 4:12, 2:8] = 1
+    picture = mask[:, None].float().expand(-1, channels, -1, -1).contiguous()
+    x, y = DiffAugment('blit', p=1.0)(picture, mask, kinds=('picture', 'labels'))
+    assert torch.equal(x[:, 0].round().long(), y) and not torch.equal(y, mask)
+    z = DiffAugment('bgc', p=1.0)(picture)
+    assert z.shape == picture.shape and z.isfinite().all()
+
+
+def test_grey_pictures_change_as_grey_rgb_does():
+    torch.manual_seed(0)
+    m, grey = tone(Dice(6, 1.0)), torch.rand(6, 1, 4, 4)
+    torch.testing.assert_close(recolour_by(grey.expand(-1, 3, -1, -1), m).mean(1, keepdim=True), recolour_by(grey, m))

@@ -13,7 +13,8 @@ from .tools import find_run
 # %% ../../nbs/11_cli/04_finetune.ipynb #611e2077
 SHAPING = dict(G_P=('size', 'channels', 'ngf', 'ngf_max', 'depth', 'position', 'renderer', 'style', 'blocks',
                     'fade_maps', 'sketch'),
-               others=('latent_dim', 'fmap_base', 'fmap_max', 'widths', 'ndf', 'receptive_field', 'classes', 'start'))
+               others=('latent_dim', 'w_dim', 'mapping_layers', 'fmap_base', 'fmap_max', 'widths', 'ndf',
+                       'receptive_field', 'classes', 'start'))
 
 def init_of(
     given, # ['fundus'], ['G_P=run', 'G_S=other'], or what `config.json` noted

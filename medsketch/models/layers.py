@@ -142,15 +142,17 @@ class EqualLinear(nn.Module):
         out_features:int,
         gain:float=2**.5, # He's constant; 1 where no activation follows
         bias:bool=True,
+        rate:float=1., # the layer learns so many times as fast as others (StyleGAN's mapping: 0.01)
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / rate)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.scale = gain / in_features**.5
+        self.scale, self.rate = gain * rate / in_features**.5, rate
 
     def forward(self, x):
         "(N, in) -> (N, out)"
-        return F.linear(x, self.weight * self.scale, self.bias)
+        bias = self.bias if self.bias is None or self.rate == 1 else self.bias * self.rate
+        return F.linear(x, self.weight * self.scale, bias)
 
 # %% ../../nbs/04_models/00_layers.ipynb #093c3686
 class PixelNorm(nn.Module):

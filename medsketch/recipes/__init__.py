@@ -4,6 +4,7 @@ from medsketch.recipes.baselines import ACGAN, DCGAN, PGGAN, WGAN, WGANGP
 from medsketch.recipes.dualgan import DualGAN
 from medsketch.recipes.pgsgan import PGSgan
 from medsketch.recipes.skrgan import SkrGAN
+from medsketch.recipes.stylegan2 import StyleGAN2
 
-__all__ = ["ACGAN", "DCGAN", "PGGAN", "RECIPES", "WGAN", "WGANGP", "DualGAN", "PGSgan", "Recipe", "SkrGAN",
+__all__ = ["ACGAN", "DCGAN", "PGGAN", "RECIPES", "WGAN", "WGANGP", "DualGAN", "PGSgan", "Recipe", "SkrGAN", "StyleGAN2",
            "load_recipe", "recipe_class"]

@@ -20,10 +20,11 @@ from ..train.augment import policy_by_name
 # %% ../../nbs/06_recipes/04_arguments.ipynb #22bb0b48
 MOST = 10**9 # batches in a training
 BOUNDS = dict( # argument: (least, most), both allowed
-    channels=(1, 64), classes=(2, 256), latent_dim=(1, 65_536), fmap_base=(1, 2**20), fmap_max=(1, 65_536),
-    widths=(1, 65_536), ngf=(1, 4096), ngf_max=(1, 65_536), ndf=(1, 4096), depth=(1, 10), receptive_field=(1, 1024),
-    lam=(0, 1e6), consistency=(0, 1e6), strokes=(0, 1000), matching=(0, 1e6), field=(.05, .71), r1=(0, 1e6),
-    r1_every=(1, 10_000), ada=(0, 1), soft=(0, 100), speck=(0, 2**20),
+    channels=(1, 64), classes=(2, 256), latent_dim=(1, 65_536), w_dim=(1, 65_536), mapping_layers=(1, 64),
+    fmap_base=(1, 2**20), fmap_max=(1, 65_536), widths=(1, 65_536), ngf=(1, 4096), ngf_max=(1, 65_536),
+    ndf=(1, 4096), depth=(1, 10), receptive_field=(1, 1024), lam=(0, 1e6), path_length=(0, 1e6), mixing=(0, 1),
+    consistency=(0, 1e6), strokes=(0, 1000), matching=(0, 1e6), field=(.05, .71), r1=(0, 1e6), r1_every=(1, 10_000),
+    ada=(0, 1), soft=(0, 100), speck=(0, 2**20),
     batches=(1, MOST), steps=(1, MOST), sketch_steps=(0, MOST), render_steps=(0, MOST), joint_steps=(0, MOST),
     mask_steps=(1, MOST), base_steps=(1, MOST), grow_steps=(1, MOST), full_steps=(1, MOST), blocks=(0, 100),
     fade_maps=(1, 4096), alpha_most=(0, 1), batch_size=(1, 65_536), critic=(1, 1000), pseudo=(1, 1000),

@@ -133,6 +133,7 @@ class Saving:
         "Take up weights, all or none. Raises `ValueError` naming the first tensor that does not fit"
         found = read_weights(path)
         held = found.keys() & set(self.inference or self.nets)
+        found = {k: t for k, t in found.items() if k in held or k not in self.nets}  # a discriminator stays out
         take_up({k: self.nets[k] for k in held or self.shared}, found, path)
         self.learned = set(held)
         return self

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .bgc import Dice, blit, geometry, places, recolour_by, tone
 from .trainer import Callback
 
 # %% ../../nbs/05_train/06_augment.ipynb #738421c8
@@ -30,23 +31,24 @@ def look_up(
 
 # %% ../../nbs/05_train/06_augment.ipynb #511f0604
 class _Sample(torch.autograd.Function):
-    "Look up pixels at fixed points, zero outside, or spread them back; each is the other's gradient, to any order"
+    "Look up pixels at fixed points, zero or mirrored outside, or spread them back: each the other's gradient, always"
     @staticmethod
-    def forward(ctx, x, points, mode, back):
+    def forward(ctx, x, points, mode, mirror, back):
         ctx.save_for_backward(points)
-        ctx.how = mode, not back
-        if not back: return F.grid_sample(x, points, mode, align_corners=False)
-        kind = ('bilinear', 'nearest').index(mode)
-        return torch.ops.aten.grid_sampler_2d_backward(x, torch.empty_like(x), points, kind, 0, False, (True, False))[0]
+        ctx.how = mode, mirror, not back
+        if not back: return F.grid_sample(x, points, mode, 'reflection' if mirror else 'zeros', align_corners=False)
+        kind, outside = ('bilinear', 'nearest').index(mode), 2 if mirror else 0
+        return torch.ops.aten.grid_sampler_2d_backward(x, torch.empty_like(x), points, kind, outside, False,
+                                                       (True, False))[0]
 
     @staticmethod
-    def backward(ctx, grad): return _Sample.apply(grad, *ctx.saved_tensors, *ctx.how), None, None, None
+    def backward(ctx, grad): return _Sample.apply(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
 
-def _move(x, points, fill, mode='bilinear'):
-    "Pixels looked up in float32; `fill` where the look-up leaves the image. The type and memory layout of `x` stay"
+def _move(x, points, fill, mode='bilinear', mirror=False):
+    "Pixels looked up in float32; `fill` outside, or mirrored there. The type and memory layout of `x` stay"
     flat = x.ndim == 3                                                        # (N, H, W) class ids
     y = (x[:, None] if flat else x).float() - fill
-    y = _Sample.apply(y, points, mode, False) + fill
+    y = _Sample.apply(y, points, mode, mirror, False) + fill
     return (y[:, 0] if flat else y).to(x.dtype).contiguous(memory_format=_layout(x))
 
 def _layout(x):
@@ -82,10 +84,11 @@ def recolour(
     return y.to(x.dtype).contiguous(memory_format=_layout(x))
 
 # %% ../../nbs/05_train/06_augment.ipynb #03c6c612
-OPERATIONS = ('colour', 'translate', 'affine', 'cutout')
+OPERATIONS = ('blit', 'geometry', 'tone', 'colour', 'translate', 'affine', 'cutout')
 
 POLICIES = dict(none=(), sketch=('translate', 'cutout'), picture=('colour', 'translate', 'cutout'),
-                move=('translate', 'affine'), all=OPERATIONS)
+                move=('translate', 'affine'), all=('colour', 'translate', 'affine', 'cutout'),
+                bgc=('blit', 'geometry', 'tone'))
 
 def policy_by_name(
     policy, # a name of `POLICIES`, operations joined by commas, a sequence of them, or None for none
@@ -142,11 +145,22 @@ def _draw(aug, n, side, device):
     if 'cutout' in aug.policy: cut = holes(side, rand(2), aug.hole) & (on() > 0)[:, None, None]
     return points, cut, colour
 
+def _draw_bgc(aug, n, side, device):
+    "Points to look up and colour matrices of the operations of StyleGAN2-ADA; None for what the policy leaves out"
+    dice, points = Dice(n, aug.p, device), None
+    inverse = [f(dice, side) for name, f in (('blit', blit), ('geometry', geometry)) if name in aug.policy]
+    if inverse: points = places(inverse[0] if len(inverse) == 1 else inverse[0] @ inverse[1], side)
+    return points, tone(dice) if 'tone' in aug.policy else None
+
 def _augment(aug, planes, kinds, fills):
-    "One draw for all planes of a sample: colour, then moves, then holes"
+    "One draw for all planes of a sample: the operations of StyleGAN2-ADA; colour, then moves, then holes"
     first, out = planes[0], []
-    points, cut, colour = _draw(aug, len(first), tuple(first.shape[-2:]), first.device)
+    side, device = tuple(first.shape[-2:]), first.device
+    points, cut, colour = _draw(aug, len(first), side, device)
+    looks, tones = _draw_bgc(aug, len(first), side, device)
     for x, kind, fill in zip(planes, kinds, fills):
+        if looks is not None: x = _move(x, looks, 0., 'nearest' if kind == 'labels' else 'bilinear', mirror=True)
+        if tones is not None and kind == 'picture': x = recolour_by(x, tones)
         if colour and kind == 'picture': x = recolour(x, *colour)
         if points is not None: x = _move(x, points, fill, 'nearest' if kind == 'labels' else 'bilinear')
         if cut is not None: y = x.masked_fill(cut if x.ndim == 3 else cut[:, None], fill)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GAN_LOSSES', 'logistic_d', 'logistic_g', 'wgan_d', 'wgan_g', 'wgan_drift', 'lsgan_d', 'lsgan_g', 'relativistic_d',
-           'relativistic_g', 'adversarial', 'r1_penalty', 'gradient_penalty', 'l1']
+           'relativistic_g', 'adversarial', 'r1_penalty', 'gradient_penalty', 'path_lengths', 'path_penalty', 'l1']
 
 # %% ../../nbs/05_train/00_losses.ipynb #810c9aeb
 import torch
@@ -139,6 +139,25 @@ def gradient_penalty(
     between = (x + (y - x) * m).to(real.dtype)
     slope = (_input_grad_sq(D, between) + 1e-12).sqrt()
     return (slope - target).square().mean()
+
+# %% ../../nbs/05_train/00_losses.ipynb #20744c8e
+def path_lengths(
+    images:torch.Tensor, # (N, C, H, W), made from `w`
+    w:torch.Tensor, # (N, styles, w_dim) or (N, w_dim), wanting a gradient
+    noise:torch.Tensor=None, # (N, C, H, W) from N(0, 1); drawn if not given
+) -> torch.Tensor: # (N,) >= 0, differentiable
+    "How far a random change of each image goes back into its styles (Karras et al. 2020, Eq. 4)"
+    if noise is None: noise = torch.randn_like(images)
+    y = noise / (images.shape[2] * images.shape[3])**.5
+    grad, = torch.autograd.grad((images * y).sum(), w, create_graph=True)
+    return _full(grad).square().sum(-1).reshape(len(w), -1).mean(1).sqrt()
+
+def path_penalty(
+    lengths:torch.Tensor, # (N,) from `path_lengths`
+    mean, # running mean of the lengths (a), without gradient
+) -> torch.Tensor: # scalar, >= 0; weigh it by 2
+    "Mean squared deviation of the path lengths from their running mean (Eq. 4)"
+    return (lengths - mean).square().mean()
 
 # %% ../../nbs/05_train/00_losses.ipynb #a7975c21
 def l1(
