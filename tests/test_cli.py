@@ -110,6 +110,16 @@ def test_render_answers_every_sketch_and_lists_bad_ones(medsketch, trained, tmp_
     assert status == 0 and "2 images" in out
     assert "text.png" in err and err.count("\n") == 1
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["clear.png", "line.png"]
+    assert pixels(tmp_path / "r/line.png").shape == (32, 19, 3)  # the padding is cut off again
+    (drawn / "text.png").unlink()
+    status, out, err = medsketch(f"render {trained} --sketches {drawn} --out {tmp_path}/large --size 64")
+    assert (status, err) == (0, "")
+    assert pixels(tmp_path / "large/line.png").shape == (64, 38, 3)
+    assert pixels(tmp_path / "large/clear.png").shape == (64, 64, 3)
+    for size, why in ((48, "power of two"), (0, "size 0"), (16, "--size 16"), (4096, "power of two")):
+        status, out, err = medsketch(f"render {trained} --sketches {drawn} --out {tmp_path}/no --size {size}")
+        assert status == 1 and err.count("\n") == 1 and why in err, err
+        assert not (tmp_path / "no").exists()
 
 
 def test_evaluate_prints_a_table_and_json(medsketch, photos, tmp_path):

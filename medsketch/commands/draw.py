@@ -177,23 +177,38 @@ def _plan_render(recipe, sketches, out, overwrite):
     free([t.with_name(f'{t.stem}{end}.png') for t in targets for end in ends], paths, overwrite)
     return list(zip(paths, targets))
 
+# %% ../../nbs/11_cli/06_draw.ipynb #5b0e71e0
+def _other_size(recipe, size):
+    "How to render at another size. Raises `ValueError` if the network does not take it"
+    import torch
+    from medsketch.core import check_size
+    if size in (None, recipe.config['size']): return {}
+    check_size(size, least=16)
+    if 'any_size' not in signature(recipe.render).parameters:
+        raise ValueError(f"--size {size}: recipe {recipe.name} renders at {recipe.config['size']} px alone")
+    try: recipe.render(torch.zeros(1, 1, size, size), any_size=True)
+    except (ValueError, RuntimeError) as e: raise ValueError(f"--size {size}: {e}") from None
+    return dict(any_size=True)
+
 # %% ../../nbs/11_cli/06_draw.ipynb #1e068420
 def render(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name (fundus) or a Hub id"),
            sketches:str=typer.Option(..., help="folder of sketches, dark strokes on white"),
            out:str=typer.Option(..., help="folder for the images"),
+           size:int=typer.Option(None, help="of the images' longer side; the size it was trained at if not given"),
            overwrite:bool=typer.Option(False, '--overwrite', help="replace images that are there already")):
-    "Render a folder of sketches."
+    "Render a folder of sketches; images have the shape of their sketches."
     from medsketch.pretrained import load
-    from medsketch.sketch import read_sketch
+    from medsketch.sketch import read_drawing
     place, r, n, skipped = apart(out, sketches), load(find_run(run)), 0, []
     if 'sketch' not in signature(getattr(r, 'render', print)).parameters:
         raise ValueError(f"recipe {r.name} does not render sketches")
+    how = _other_size(r, size)
     plan = _plan_render(r, sketches, place, overwrite)
     with going_on(lambda: f'{n} of {len(plan)} images are in {out}; the same command with --overwrite begins again'):
         for path, target in plan:
-            try: s = read_sketch(path, r.config['size'])
+            try: s, (rows, cols) = read_drawing(path, size or r.config['size'])
             except Exception as e: skipped.append((path, e)); continue
-            x = r.render(s)[0]
+            x = r.render(s, **how)[0][..., rows, cols]
             with disk(lambda: f'{n} of {len(plan)} images are written'): write_image(place, target.stem, x)
             n += 1
     report(skipped)

@@ -190,12 +190,13 @@ class SkrGANDrawing:
     @torch.no_grad()
     def render(self,
                sketch, # (N, 1, H, W), (1, H, W) or (H, W) in [0, 1], 1 = stroke
+               any_size:bool=False, # not the recipe's alone; strokes should stay as wide as in training, in pixels
               ) -> torch.Tensor: # (N, C, H, W) in [-1, 1]
-        "Render sketches. Raises `ValueError` if their size is not the recipe's"
+        "Render sketches. Raises `ValueError` if their size is not the recipe's, or not one that its network takes"
         s = torch.as_tensor(np.asarray(sketch) if not torch.is_tensor(sketch) else sketch)
         s = s.to(self.device, torch.float32)
         s, size = s.reshape(-1, 1, *s.shape[-2:]), self.config['size']
-        if s.shape[-2:] != (size, size):
+        if s.shape[-2:] != (size, size) and not any_size:
             raise ValueError(f"the sketch is {tuple(s.shape[-2:])} pixels, this recipe renders {size} × {size}")
         self.need('G_P')
         return torch.cat([self.nets['G_P'](part * 2 - 1) for part in s.split(16)])

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..core import PALETTE
-from .edges import canny_sketch, pixels_of
+from .edges import canny_sketch
+from .files import pixels_of
 from .masks import mask_planes
 
 # %% ../../nbs/03_sketch/03_conditions.ipynb #bac43993
