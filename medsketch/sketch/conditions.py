@@ -60,7 +60,7 @@ def condition_planes(
                          f"{(len(mask), 1, *mask.shape[1:])}")
     return torch.cat([planes, sketch * (mask == 0)[:, None]], 1)
 
-# %% ../../nbs/03_sketch/03_conditions.ipynb #e9465e79
+# %% ../../nbs/03_sketch/03_conditions.ipynb #40da8309
 def condition_picture(
     condition, # (N, K, H, W) in [0, 1], from `condition_planes`
     classes:int=3, # of the mask, with the background
@@ -68,7 +68,8 @@ def condition_picture(
 ) -> np.ndarray: # (N, H, W, 3) uint8
     "A condition as one picture: classes in their colours, strokes white on black"
     x, k = torch.as_tensor(condition).detach().float().cpu(), classes - 1
-    table = torch.as_tensor(np.asarray(PALETTE if colours is None else colours)[1:classes].astype(np.float32))
+    colours = np.asarray(PALETTE if colours is None else colours, np.float32)
+    table = torch.from_numpy(colours[np.arange(1, classes) % len(colours)])
     shown = torch.einsum('nkhw,kc->nhwc', x[:, :k], table)
     if x.shape[1] > k: shown = shown + 255 * x[:, k, ..., None]
     return shown.clamp(0, 255).round().to(torch.uint8).numpy()
