@@ -428,7 +428,7 @@ def test_what_is_no_data_is_refused_in_a_line(bad, tmp_path):
 
 def test_the_default_moves_nothing():
     for name, cls in RECIPES.items():
-        if name in ('skrgan', 'dualgan', 'dcgan', 'acgan', 'wgan', 'wgan_gp', 'pggan'):
+        if name in ('skrgan', 'dualgan', 'dcgan', 'acgan', 'wgan', 'wgan_gp', 'pggan', 'stylegan2'):
             for scale in cls.presets:
                 assert cls.presets[scale].get('augment', 'none') == 'none'
     assert DCGAN(**PAIR).config['augment'] == 'none' and SkrGAN(**SKR).config['augment'] == 'none'
