@@ -23,7 +23,7 @@ def studio_notebook(
     out='drawings', # folder for exports
 ) -> dict: # the notebook, as JSON
     "A notebook of one cell: the drawing app"
-    code = f"from medsketch.studio.live import LiveRender\nLiveRender({str(recipe)!r}, out={str(out)!r})"
+    code = f"from medsketch.studio.live import LiveRender\nLiveRender({str(recipe)!r}, out={str(out)!r}, example=True)"
     cell = dict(cell_type='code', id='studio', execution_count=None, metadata={}, outputs=[], source=code)
     kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
     return dict(nbformat=4, nbformat_minor=5, metadata=kernel | dict(title='medsketch studio'), cells=[cell])
