@@ -137,6 +137,7 @@ def find_weights(
                      f"and .safetensors files, run folders, names in {cache_dir()/'weights'} "
                      "and Hub ids (user/name) are taken too")
 
+# %% ../nbs/09_pretrained.ipynb #b26951b5
 def find_named(
     name:str, # 'fundus' and the like, or a Hub id such as 'user/eyes'
 ) -> Path: # a file that `load_recipe` takes

@@ -60,6 +60,7 @@ class Moment(NamedTuple):
     name:str # of the weights
     drawing:Drawing # a copy
     html:str # its small picture
+    picture:np.ndarray # (H, W, 3) uint8
 
 class Strip:
     "The last renderings"
@@ -71,11 +72,11 @@ class Strip:
             name:str, # of the weights
            ) -> bool: # was it new?
         "Keep a rendering"
-        known = any(m.name == name and m.drawing.actions == drawing.actions for m in self.moments)
+        known = any(m.name == name and np.array_equal(m.picture, picture) for m in self.moments)
         if known or not drawing.actions: return False
         self.count += 1
         html = thumb(picture, f'recall {self.count}', f'rendering {self.count}, {name}')
-        self.moments.append(Moment(self.count, name, drawing, html))
+        self.moments.append(Moment(self.count, name, drawing, html, picture))
         return True
 
     def find(self, number) -> Moment:

@@ -176,6 +176,9 @@ class _Rendering(_Notices):
         before = self.rendered_original[1] if compares else None
         return request | dict(image=image, picture=as_picture(image), before=before)
 
+# %% ../../nbs/08_studio/07_live.ipynb #37d2e33f
+class _Shown(_Rendering):
+    "The answer on the page"
     def _show(self, answer):
         self.shown = answer
         self.image.value = quick_png(answer['picture'])
@@ -195,7 +198,7 @@ class _Rendering(_Notices):
         self.say(f"{answer['name']}: rendered in {self.seconds['model'] * 1000:.0f} ms. Synthetic, not for diagnosis.")
 
 # %% ../../nbs/08_studio/07_live.ipynb #3085c5c5
-class _Weights(_Rendering):
+class _Weights(_Shown):
     "Which weights are rendered with"
     def _choose(self, name):
         "Look weights up, without loading them"
