@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROUND', 'WIDE', 'LIMITS', 'SMALL', 'LARGE', 'DRAWN', 'NO_PATIENT', 'PRETRAINED', 'WEIGHTS', 'SEEN', 'round_field',
-           'same_light', 'views', 'Pretrained', 'packaged', 'find_weights', 'load', 'card', 'pretraining_data',
-           'pretrain', 'score_renderer', 'pack']
+           'same_light', 'views', 'Pretrained', 'packaged', 'find_weights', 'find_named', 'load', 'card',
+           'pretraining_data', 'pretrain', 'score_renderer', 'pack']
 
 # %% ../nbs/09_pretrained.ipynb #50b6e62d
+import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -136,6 +137,18 @@ def find_weights(
     raise ValueError(f"no weights are called {name}: there are {', '.join(packaged())} in the package, "
                      f"and .safetensors files, run folders, names in {cache_dir()/'weights'} "
                      "and Hub ids (user/name) are taken too")
+
+# %% ../nbs/09_pretrained.ipynb #b26951b5
+def find_named(
+    name:str, # 'fundus' and the like, or a Hub id such as 'user/eyes'
+) -> Path: # a file that `load_recipe` takes
+    "Packaged weights, the user's cache, then the Hub; never another file. Raises `ValueError` saying where it looked"
+    if not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', name):
+        raise ValueError(f"{name!r} is no name of weights: there are {', '.join(packaged())}, and Hub ids (user/name)")
+    if '/' in name: return _from_hub(name)
+    for folder in (WEIGHTS, cache_dir()/'weights'):
+        if (folder/f'{name}.safetensors').exists(): return folder/f'{name}.safetensors'
+    raise ValueError(f"no weights are called {name}: there are {', '.join(packaged())}, and Hub ids (user/name)")
 
 def _from_hub(repo):
     "The weights.safetensors of a Hub repository, kept in the Hub's own cache"

@@ -1,8 +1,11 @@
 "The drawing app without a browser: what its pad, its thread and its buttons do"
 
+import base64
+import io
 import json
 import threading
 import time
+import zipfile
 
 import cv2
 import numpy as np
@@ -12,10 +15,12 @@ import torch
 from medsketch.core import png_bytes
 from medsketch.data import phantom_data
 from medsketch.recipes import RECIPES, recipe_class
-from medsketch.studio.live import LiveRender, UploadRender
+from medsketch.studio.live import LiveRender
 from medsketch.studio.newest import Newest
+from medsketch.studio.paper import UploadRender
 from medsketch.studio.pictures import as_picture, difference, real_image, surprise
 from medsketch.studio.strokes import Drawing
+from medsketch.studio.uploads import uploads
 
 TINY = {"latent_dim": 8, "fmap_base": 64, "fmap_max": 8, "ngf": 4, "ndf": 4, "receptive_field": 16}
 
@@ -104,17 +109,17 @@ def test_weights_that_do_not_exist_leave_everything_as_it_was(app):
     app.use('kidney')
     assert 'no weights are called kidney' in app.status.value and app.name == 'skrgan'
     app.other.value = 'nobody knows'
-    assert 'no weights are called nobody knows' in app.status.value
+    assert app.finder.wait(10) and "&#x27;nobody knows&#x27; is no name of weights" in app.status.value
     assert (pixels(app) == before).all()
 
 
-def test_other_weights_of_another_size(app, tmp_path):
+def test_other_weights_of_another_size(tmp_path):
     tiny(64, channels=1).save(tmp_path / 'grey.safetensors')
+    app = LiveRender(tiny(), models=[str(tmp_path / 'grey.safetensors')], out=tmp_path / 'out')
     draw(app, (50, 50), (300, 300))
-    app.other.value = str(tmp_path / 'grey.safetensors')
+    app.model.value = str(tmp_path / 'grey.safetensors')
     image = pixels(app)
     assert image.shape == (64, 64, 3) and (image[..., 0] == image[..., 1]).all()
-    assert app.model.value == str(tmp_path / 'grey.safetensors') and app.other.value == ''
     app.model.value = 'skrgan'
     assert pixels(app).shape == (32, 32, 3) and len(app.pad.drawing.actions) == 1
 
@@ -173,16 +178,108 @@ def test_comparing_from_here_without_a_real_image(app):
     assert (app.shown['before'] == before).all() and (after != before).any() and 'alt="real"' not in app.compare.value
 
 
+def test_the_box_for_weights_never_waits_and_says_nothing_about_files(app, tmp_path, monkeypatch):
+    free = threading.Event()
+
+    def slow(repo):
+        free.wait(20)
+        raise ValueError(f'{repo} could not be fetched')
+
+    monkeypatch.setattr('medsketch.pretrained._from_hub', slow)
+    start = time.monotonic()
+    app.other.value = 'user/eyes'
+    assert time.monotonic() - start < 1 and 'looking for user/eyes' in app.status.value
+    draw(app, (50, 50), (300, 300))
+    pixels(app)  # and drawing goes on meanwhile
+    free.set()
+    assert app.finder.wait(10) and 'user/eyes could not be fetched' in app.status.value
+    tiny().save(tmp_path / 'mine.safetensors')
+    said = []
+    for path in (tmp_path / 'mine.safetensors', tmp_path / 'none.safetensors', '/etc/passwd', '../x', 'mine/'):
+        app.other.value = str(path)
+        app.finder.wait(10)
+        said.append(app.status.value.replace(str(path), ''))
+    assert len(set(said)) == 1 and 'is no name of weights' in said[0]
+
+
+def test_weights_that_were_found_are_in_the_menu(app, tmp_path, monkeypatch):
+    tiny(64).save(tmp_path / 'weights.safetensors')
+    monkeypatch.setattr('medsketch.pretrained._from_hub', lambda repo: tmp_path / 'weights.safetensors')
+    app.other.value = 'user/eyes'
+    assert app.finder.wait(10)
+    assert pixels(app).shape == (64, 64, 3) and app.model.value == 'user/eyes' and app.other.value == ''
+    monkeypatch.setattr('medsketch.pretrained._from_hub', pytest.fail)  # nobody asks a second time
+    app.model.value = 'skrgan'
+    app.model.value = 'user/eyes'
+    assert pixels(app).shape == (64, 64, 3)
+
+
 @pytest.mark.parametrize(
     'form', [lambda n, c: ({'name': n, 'content': memoryview(c)},), lambda n, c: {n: {'content': c}}]
 )
-def test_uploads_of_both_generations_of_ipywidgets(app, form):
+def test_uploads_of_both_generations_of_ipywidgets(form):
+    assert uploads(form('eye.png', b'123')) == [('eye.png', b'123')]
+
+
+def send(app, name, content):
+    file = {'name': name, 'type': '', 'size': len(content), 'content': memoryview(content), 'last_modified': 0}
+    app.pad.bar.file.set_state({'value': [file]})
+
+
+def test_a_file_is_opened_as_an_image_to_edit(app):
     eye = (phantom_data('fundus', 1, 64, seed=3).images[0].transpose(1, 2, 0)).copy()
-    app._uploaded(form('eye.png', png_bytes(eye)))
+    send(app, 'eye.png', png_bytes(eye))
+    choices = {b.description: b for b in app.pad.bar.ask.children[1:]}
+    assert list(choices) == ['Sketch', 'Image to edit', 'Image underneath', 'Nothing']
+    choices['Image to edit'].click()
     pixels(app)
     assert 'alt="real"' in app.compare.value
-    app._uploaded(form('notes.png', b'not a picture'))
-    assert 'notes.png cannot be used' in app.status.value and '/tmp' not in app.status.value
+    send(app, 'notes.png', b'not a picture')
+    assert 'notes.png cannot be used' in app.pad.message.value and '/tmp' not in app.pad.message.value
+
+
+def test_an_example_is_there_at_the_start_and_three_can_be_chosen(tmp_path):
+    app = LiveRender(tiny(), out=tmp_path, example=True)
+    first = pixels(app)
+    assert app.pad.sketch().any() and app.gallery.value.count('data-medsketch="example') == 3
+    tell(app, 'example 1')
+    assert (pixels(app) != first).any()
+    app.pad.undo()
+    assert (pixels(app) == first).all()
+
+
+def tell(app, words):
+    app.pad.handle({'event': 'key_down', 'key': f'medsketch {words}'})
+
+
+def test_the_strip_keeps_eight_renderings_and_brings_one_back_with_its_strokes(app):
+    shown = []
+    for i in range(10):
+        draw(app, (50, 20 + 40 * i), (400, 40 + 40 * i))
+        shown.append(pixels(app))
+    assert app.last.value.count('data-medsketch="recall') == 8
+    tell(app, 'recall 5')
+    assert (pixels(app) == shown[4]).all() and len(app.pad.drawing.actions) == 10 + 1 + 5
+    app.pad.undo()
+    tell(app, 'recall 1')
+    assert 'no longer in the strip' in app.pad.message.value
+
+
+def test_a_page_that_says_its_number_gets_its_drawing_back(tmp_path):
+    first = LiveRender(tiny(), out=tmp_path, example=True)
+    tell(first, 'page 12-34')
+    draw(first, (50, 50), (300, 300))
+    assert first.saver.worker.wait(10)
+    again = LiveRender(tiny(), out=tmp_path, example=True)  # the server was restarted
+    assert not np.array_equal(again.pad.sketch(), first.pad.sketch())
+    tell(again, 'page 12-34')
+    assert np.array_equal(again.pad.sketch(), first.pad.sketch())
+    other = LiveRender(tiny(), out=tmp_path)
+    draw(other, (50, 50), (100, 300))
+    tell(other, 'page 12-34')  # whoever has drawn already keeps that
+    assert not np.array_equal(other.pad.sketch(), first.pad.sketch())
+    tell(other, 'page ../../x')
+    assert 'digits' in other.pad.message.value
 
 
 def test_real_images_become_what_the_recipe_draws():
@@ -208,8 +305,9 @@ def test_export_writes_everything_and_never_over_what_is_there(app):
     assert (again.sketch() == app.pad.drawing.sketch()).all()
     about = json.loads((first / 'about.json').read_text())
     assert about['synthetic'] and about['recipe'] == 'skrgan'
-    for n in names:
-        assert f'download="{n}"' in app.links.value
+    assert 'download="drawing-002.zip"' in app.links.value
+    with zipfile.ZipFile(io.BytesIO(base64.b64decode(app.links.value.split('base64,')[1].split('"')[0]))) as z:
+        assert set(z.namelist()) == names and z.read('image.png') == (second / 'image.png').read_bytes()
 
 
 def test_export_to_a_place_that_cannot_be_written(app, tmp_path):
@@ -244,8 +342,6 @@ def test_a_recipe_that_does_not_render_says_so(monkeypatch):
 
 
 def test_the_page_has_a_picture_where_no_kernel_runs(app):
-    import base64
-
     shown = cv2.imdecode(np.frombuffer(base64.b64decode(app._repr_mimebundle_()['image/png']), np.uint8), 1)
     assert shown.shape[1] == 1024 and shown.shape[0] > 512  # pad and image, with labels above
     assert (shown[-512:, :, ::-1] == app.screenshot()).all()

@@ -16,10 +16,11 @@ from .tools import check_count, find_run, going_on, need_text, tell
 def studio(recipe:str=typer.Argument('fundus', help="packaged name, .safetensors file, folder of a run, or Hub id"),
            host:str=typer.Option('127.0.0.1', help="address to listen on; 0.0.0.0 lets other machines in"),
            port:int=typer.Option(8866, help="0 takes any free one"),
-           out:str=typer.Option('drawings', help="folder for exports")):
+           out:str=typer.Option('drawings', help="folder for exports"),
+           browser:bool=typer.Option(True, help="open the page in the browser")):
     "Draw a sketch in the browser and watch it become an image."
     from medsketch.studio.app import serve
-    raise typer.Exit(serve(str(find_run(recipe)), host, port, Path(need_text('--out', out))))
+    raise typer.Exit(serve(str(find_run(recipe)), host, port, Path(need_text('--out', out)), browser))
 
 # %% ../../nbs/11_cli/08_serve.ipynb #a6440159
 def lab(folder:str=typer.Argument('medsketch-notebooks', help="where the copy of the notebooks goes"),

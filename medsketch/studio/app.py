@@ -23,7 +23,7 @@ def studio_notebook(
     out='drawings', # folder for exports
 ) -> dict: # the notebook, as JSON
     "A notebook of one cell: the drawing app"
-    code = f"from medsketch.studio.live import LiveRender\nLiveRender({str(recipe)!r}, out={str(out)!r})"
+    code = f"from medsketch.studio.live import LiveRender\nLiveRender({str(recipe)!r}, out={str(out)!r}, example=True)"
     cell = dict(cell_type='code', id='studio', execution_count=None, metadata={}, outputs=[], source=code)
     kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
     return dict(nbformat=4, nbformat_minor=5, metadata=kernel | dict(title='medsketch studio'), cells=[cell])
@@ -50,6 +50,7 @@ def serve(
     host:str='127.0.0.1', # address to listen on; 0.0.0.0 lets other machines in
     port:int=8866, # 0: any free one
     out='drawings', # folder for exports
+    browser:bool=True, # open the page
 ) -> int: # exit status of the server
     "Serve the drawing app until interrupted. Raises `ValueError` for unusable weights or ports, or `ImportError`"
     find_weights(recipe)
@@ -60,12 +61,11 @@ def serve(
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder)/'studio.ipynb'
         page.write_text(json.dumps(studio_notebook(recipe, Path(out).resolve())))
-        shown = '127.0.0.1' if host == '0.0.0.0' else host
-        print(f'medsketch studio: http://{shown}:{port}/  (Ctrl+C stops it)', flush=True)
         if host not in ('127.0.0.1', 'localhost'):
-            print('medsketch: whoever reaches this machine can use the app', file=sys.stderr)
-        command = [sys.executable, '-m', 'voila', str(page), f'--Voila.ip={host}', f'--port={port}', '--no-browser',
-                   '--Voila.log_level=WARN', '--show_tracebacks=True']
+            print('medsketch: whoever reaches this machine and has the address with its token can use the app',
+                  file=sys.stderr)
+        command = [sys.executable, '-m', 'medsketch.studio.server', str(page), f'--Voila.ip={host}', f'--port={port}',
+                   '--Voila.log_level=WARN', *([] if browser else ['--no-browser'])]
         try: return subprocess.call(command)
         except KeyboardInterrupt: return 0
 

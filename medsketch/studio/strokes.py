@@ -7,6 +7,7 @@ __all__ = ['MOST_ACTIONS', 'SHEETS', 'FORMAT', 'MOST_TEXT', 'Drawing']
 
 # %% ../../nbs/08_studio/01_strokes.ipynb #993ee456
 import base64
+import copy
 import json
 
 import cv2
@@ -208,6 +209,12 @@ class Drawing(_Edits):
         self.colours = _colours(len(self.classes), colours)
         self._actions, self._done, self._sheets = [], 0, {}
         self.version = 0 # changes whenever the picture changes
+
+    def snapshot(self) -> 'Drawing':
+        "A drawing with the same strokes, for another thread or for later"
+        now = copy.copy(self)
+        now._actions, now._done, now._sheets = list(self.actions), self._done, {}
+        return now
 
     def to_json(self) -> str:
         "The drawing as text: size, classes, colours and every action; what was undone is left out"

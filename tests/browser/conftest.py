@@ -61,13 +61,13 @@ def browser():
 
 @pytest.fixture(scope="session")
 def voila(tmp_path_factory):
-    "`medsketch studio`: (URL, log of all it printed)"
+    "`medsketch studio`: (URL with its token, log of all it printed, process)"
     folder = tmp_path_factory.mktemp("voila")
     log = folder / "log.txt"
-    with server(medsketch("studio", "--port", "0"), folder, log) as p:
+    with server(medsketch("studio", "--port", "0", "--no-browser"), folder, log) as p:
         url = read_url(p, log)
-        answers(url + "voila/static/voila.js")
-        yield url, log
+        answers(url.split("?")[0] + "voila/static/voila.js")
+        yield url, log, p
 
 
 @pytest.fixture(scope="session")
