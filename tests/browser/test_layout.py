@@ -6,8 +6,8 @@ LARGER = """size => { const s = document.documentElement.style; s.fontSize = 16 
     for (const [k, px] of [['--jp-widgets-font-size', 13], ['--jp-ui-font-size1', 13],
                            ['--jp-content-font-size1', 14]]) s.setProperty(k, px * size + 'px') }"""
 CONTROLS = """root => [...root.querySelectorAll(
-    'button, select, input:not([type=file]), canvas, img:not(button img), .widget-label, .noUi-target, figcaption, ' +
-    '.medsketch-say')]
+    'button, select, input:not([type=file]), canvas, img:not(button img),' +
+    '.widget-label, .noUi-target, figcaption, .medsketch-say')]
     .map(e => [e, e.getBoundingClientRect()])
     .filter(([e, r]) => r.width > 0 && r.height > 0 && getComputedStyle(e).visibility != 'hidden')
     .map(([e, r]) => ({text: (e.innerText || e.placeholder || e.title || e.tagName).trim(), tag: e.tagName,
