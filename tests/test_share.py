@@ -88,6 +88,18 @@ def test_a_converted_file_that_differs_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_same_weights_are_the_same_file(tmp_path):
+    "In every process: safetensors writes its notes in an order of chance"
+    import subprocess
+    import sys
+
+    line = "import sys; from medsketch.pretrained import load; load('lung_ct').save(sys.argv[1])"
+    files = [tmp_path / f'{i}.safetensors' for i in range(4)]
+    for f in files:
+        subprocess.run([sys.executable, '-c', line, f], check=True)
+    assert len({f.read_bytes() for f in files}) == 1
+
+
 def test_saved_weights_say_their_format(tmp_path):
     "The Hub shows the tensors of files that do"
     load('fundus').save(tmp_path / 'w.safetensors')

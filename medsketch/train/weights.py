@@ -31,10 +31,19 @@ def write_weights(
             for k, n in nets.items() for name, t in n.state_dict().items()}
     try:
         mine = json.dumps(about | dict(version=version('medsketch')))
-        data = to_bytes(flat, metadata=dict(format='pt', medsketch=mine))  # the Hub shows tensors of that format
+        data = _in_order(to_bytes(flat, metadata=dict(format='pt', medsketch=mine)))  # the Hub shows this format
         if Path(path).is_file() and Path(path).read_bytes() == data: return
         with atomic_write(path) as f: f.write(data)
     except OSError as e: raise RuntimeError(f"could not write {path}: {e.strerror or e}") from e
+
+def _in_order(data):
+    "The same file with its notes in alphabetical order; the library's order is another every time"
+    n = int.from_bytes(data[:8], 'little')
+    head = json.loads(data[8:8 + n])
+    head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
+    text = json.dumps(head, separators=(',', ':'), ensure_ascii=False).encode()
+    text += b' ' * (-len(text) % 8)                              # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, 'little') + text + data[8 + n:]
 
 # %% ../../nbs/05_train/07_weights.ipynb #1aa1e19d
 RENAMED = dict(hand='variants', place='position', local='consistency')  # arguments of earlier versions
