@@ -140,8 +140,8 @@ def test_surprise_without_a_sketch_generator_is_a_phantom(tmp_path):
     r = tiny()
     r.learned = {'G_P'}
     assert surprise(r, 1).shape == (1, 32, 32) and surprise(r, 1).any() and (surprise(r, 1) != surprise(r, 2)).any()
-    r.config['style'] = 'ultrasound'
-    with pytest.raises(ValueError, match='no phantom shows ultrasound'):
+    r.config['style'] = 'endoscopy'
+    with pytest.raises(ValueError, match='no phantom shows endoscopy'):
         surprise(r, 1)
 
 
