@@ -7,10 +7,10 @@ import types
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from faults import one_line
+from references import arrays, close
 
 from medsketch.cli import main
 from medsketch.recipes import load_recipe
@@ -18,20 +18,11 @@ from medsketch.recipes.convert import convert, read_tensors
 from medsketch.train.losses import path_lengths, r1_penalty
 from medsketch.train.weights import start_from
 
-REFS = Path(__file__).parent / 'refs'
-
-
-def close(a, b, tol=1e-4):
-    "Equal to `tol`, relative to the largest value"
-    a, b = (torch.as_tensor(t).detach().double() for t in (a, b))
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= tol * b.abs().max(), f"off by {(a - b).abs().max():.1e}"
-
 
 @pytest.fixture(scope='module')
 def refs():
     "The stored arrays"
-    return {k: torch.from_numpy(v) for k, v in np.load(REFS / 'stylegan2_ada.npz').items()}
+    return arrays('stylegan2_ada')
 
 
 def part(refs, name):

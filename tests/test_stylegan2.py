@@ -1,11 +1,10 @@
 """StyleGAN2's networks against the authors' stored numbers, and at their edges."""
 
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from references import arrays, close
 
 from medsketch.models.layers import MinibatchStd, conv
 from medsketch.models.resample import blur, double, halve
@@ -13,20 +12,11 @@ from medsketch.models.stylegan2 import StyleGenerator, demodulation, mix_styles,
 from medsketch.models.stylegan2_d import FilteredConv2d, ResidualDiscriminator
 from medsketch.train.losses import path_lengths, path_penalty, r1_penalty
 
-REFS = Path(__file__).parent / 'refs'
-
-
-def close(a, b, tol=1e-4):
-    "Equal to `tol`, relative to the largest value"
-    a, b = (torch.as_tensor(t).detach().double() for t in (a, b))
-    assert a.shape == b.shape
-    assert (a - b).abs().max() <= tol * b.abs().max(), f"off by {(a - b).abs().max():.1e}"
-
 
 @pytest.fixture(scope='module')
 def refs():
     "The stored arrays"
-    return {k: torch.from_numpy(v) for k, v in np.load(REFS / 'stylegan2_ada.npz').items()}
+    return arrays('stylegan2_ada')
 
 
 def tiny(size=16, channels=3, **kwargs):

@@ -87,7 +87,7 @@ def _settings(cls, asked, told, options):
 def dry_run(cls, settings):
     "Raises `ValueError` for arguments that do not fit each other; networks are made without memory"
     import torch
-    unable = NotImplementedError, RuntimeError, TypeError, AttributeError # to be made so; said when they are made
+    unable = NotImplementedError, RuntimeError, TypeError, AttributeError # some networks cannot be made on 'meta'
     with contextlib.suppress(*unable), torch.device('meta'): cls(**settings)
     return settings
 
