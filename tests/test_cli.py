@@ -172,6 +172,17 @@ def test_resume_goes_on_and_a_second_start_is_refused(medsketch, photos, trained
     assert (trained / "weights.safetensors").read_bytes() == before  # nothing was left to do
 
 
+def test_another_number_of_threads_does_not_rewrite_a_finished_run(medsketch, photos, tmp_path):
+    "Its batch norm is estimated once more, with other last digits"
+    torch.set_num_threads(2)  # the fixture of all tests sets it back
+    run = tmp_path / "run"
+    assert medsketch(f"train skrgan --data {photos} --out {run} {TINY}")[0] == 0
+    before = (run / "weights.safetensors").read_bytes(), (run / "weights.safetensors").stat().st_mtime_ns
+    torch.set_num_threads(1)
+    assert medsketch(f"train --resume {run}")[0] == 0
+    assert ((run / "weights.safetensors").read_bytes(), (run / "weights.safetensors").stat().st_mtime_ns) == before
+
+
 def test_a_launcher_trains_on_two_processes_as_on_one(photos, tmp_path):
     "The line of the command page; without a GPU too"
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
