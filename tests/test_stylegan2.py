@@ -1,6 +1,5 @@
 """StyleGAN2's networks against the authors' stored numbers, and at their edges."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
