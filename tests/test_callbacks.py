@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from faults import contents, exit_codes, one_line, rows, same
 from test_train import Points, gan, mlp, run_folder, weights
 from torch import nn
 from torch.utils.data import DataLoader
 
+from medsketch.cli import main
 from medsketch.train import callbacks
 from medsketch.train import checkpoints as files
 from medsketch.train.callbacks import (
@@ -854,6 +856,28 @@ def test_trackers_see_losses_scores_and_samples():
     assert set(memory.seen[0][1]) == {'N'} and memory.seen[1][1]['fid'] == 7.0
     assert all(isinstance(v, float) for v in memory.seen[1][1].values())
     assert memory.pictures == [(4, (1, 4, 6, 3)), (5, (1, 4, 6, 3)), (8, (1, 4, 6, 3))]
+
+
+def test_a_tracker_that_is_installed_is_found_and_given_a_folder(monkeypatch, tmp_path):
+    "With a stand-in for TensorBoard's writer; accelerate's list and its tracker are the real ones"
+    written = []
+
+    class Writer:
+        def __init__(self, folder, **_):
+            written.append(str(folder))
+
+        def __getattr__(self, name):
+            return lambda *a, **_: written.append((name, a))
+
+    writers = types.ModuleType('torch.utils.tensorboard')
+    writers.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', writers)
+    monkeypatch.setattr('accelerate.tracking._available_trackers', [LoggerType.TENSORBOARD])
+    line = f'train dcgan --data phantoms:fundus:6 --size 16 --out {tmp_path}/run --steps 2 --scale tour'
+    with pytest.raises(SystemExit) as stop:
+        main([*line.split(), '--set', 'ngf=4', '--set', 'ndf=4', '--log-with', 'tensorboard'])
+    assert stop.value.code == 0 and str(tmp_path / 'run') in written[0]
+    assert {'G', 'D'} <= {k for name, a in written[1:] if name == 'add_scalars' or name == 'add_scalar' for k in a[:1]}
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):

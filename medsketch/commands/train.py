@@ -146,7 +146,7 @@ def scoring(
 def check_options(job:Job):
     "Raises `ValueError` for options that cannot be carried out, before data is read"
     from medsketch.evaluate.callback import DURING, HIGHER
-    from medsketch.train.trainer import make_accelerator
+    from medsketch.train.trainer import check_trackers, make_accelerator
     check_count('--every', job['every'])
     if job['workers'] is not None: check_count('--workers', job['workers'], 0, 256)
     if job['precision'] not in ('no', 'bf16', 'fp16'):
@@ -154,7 +154,8 @@ def check_options(job:Job):
     log = split_names('--log-with', job['log_with']) if job['log_with'] is not None else []
     if odd := [k for k in log if k not in ('tensorboard', 'wandb')]:
         raise ValueError(f"--log-with {odd[0]}: use tensorboard, wandb, or both, comma-separated")
-    acc = make_accelerator(job['precision'], log or None)
+    check_trackers(log)
+    acc = make_accelerator(job['precision'])
     if job.minutes is not None and not 0 < job.minutes <= 10**6:
         raise ValueError(f"--minutes {job.minutes:g}: above 0 is needed")
     if job.minutes and acc.num_processes > 1: raise ValueError("--minutes is for one process: give --steps")

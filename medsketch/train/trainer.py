@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Phase', 'correct_adam', 'Callback', 'keyed', 'rng_state', 'set_rng_state', 'to_device', 'batch_length', 'endless',
-           'Interrupts', 'make_accelerator', 'Trainer']
+           'Interrupts', 'check_trackers', 'make_accelerator', 'Trainer']
 
 # %% ../../nbs/05_train/02_trainer.ipynb #649363b9
 import os
@@ -151,15 +151,22 @@ class Interrupts:
         for s, handler in self.before.items(): signal.signal(s, handler)
 
 # %% ../../nbs/05_train/02_trainer.ipynb #014901f0
+def check_trackers(
+    log_with=None, # as for `make_accelerator`
+):
+    "Raises `ValueError` for a tracker whose package is not installed"
+    there = [getattr(t, 'value', t) for t in get_available_trackers()]  # accelerate lists them as an enumeration
+    for name in log_with if isinstance(log_with, (list, tuple)) else [log_with]:
+        if str(name) in LOGGER_TYPE_TO_CLASS and str(name) not in there:
+            raise ValueError(f"log_with={str(name)!r} needs a package that is not installed: pip install {name}")
+
 def make_accelerator(
     mixed_precision:str='no', # 'no', 'bf16' or 'fp16'
     log_with=None, # 'tensorboard', 'wandb' or another tracker of accelerate's, a `GeneralTracker`, or a list of them
     folder=None, # where trackers that write files write them
 ) -> Accelerator:
     "An accelerator with these settings, whatever an earlier one had. Raises `ValueError` for a missing tracker"
-    for name in log_with if isinstance(log_with, (list, tuple)) else [log_with]:
-        if str(name) in LOGGER_TYPE_TO_CLASS and name not in get_available_trackers():
-            raise ValueError(f"log_with={str(name)!r} needs a package that is not installed: pip install {name}")
+    check_trackers(log_with)
     if os.environ.get('ACCELERATE_MIXED_PRECISION') and mixed_precision == 'no':
         mixed_precision = None  # from `accelerate launch`
     AcceleratorState._reset_state(reset_partial_state=False)
