@@ -300,12 +300,26 @@ def test_text_is_utf8_where_the_machine_speaks_something_else(tmp_path):
 
 
 def test_demo_writes_picture_and_scores(medsketch, tmp_path):
-    status, out, err = medsketch(f"demo --out {tmp_path}/demo --steps 4 --size 32 --images 16 --kinds fundus,brain_mri")
+    line = f"demo --out {tmp_path}/demo --steps 4 --size 32 --images 16 --kind"
+    status, out, err = medsketch(f"{line} brain_mri")
     assert status == 0, err
     assert pixels(tmp_path / "demo/demo.png").shape[2] == 3
     rows = (tmp_path / "demo/scores.csv").read_text().splitlines()
-    assert [r.split(",")[0] for r in rows] == ["phantom", "fundus", "brain_mri"]
-    assert "swd" in out and "demo.png" in out
+    assert [r.split(",")[0] for r in rows] == ["", "untrained", "trained", "packaged"]
+    with Image.open(tmp_path / "demo/growing.gif") as gif:
+        assert gif.n_frames == 8
+    assert "swd" in out and "demo.png" in out and "medsketch studio" in out
+    weights = (tmp_path / "demo/brain_mri_32/weights.safetensors").read_bytes()
+    assert medsketch(f"{line} brain_mri")[0] == 0  # a second demo goes on with what is there
+    assert (tmp_path / "demo/brain_mri_32/weights.safetensors").read_bytes() == weights
+    status, out, err = medsketch(f"{line} fundus")  # its packaged renderer draws photographs, not phantoms
+    assert status == 0 and "untrained" in out and "packaged  " not in out
+
+
+def test_a_demo_of_no_minutes_only_draws(medsketch, tmp_path):
+    status, out, _ = medsketch(f"demo --out {tmp_path}/demo --minutes 0")
+    assert status == 0 and [p.name for p in (tmp_path / "demo").iterdir()] == ["demo.png"]
+    assert all(f"  {name}: L1 0." in out for name in ("fundus", "chest_xray", "lung_ct", "brain_mri"))
 
 
 def test_steps_are_all_there_are_unless_more_is_asked_for(medsketch, photos, tmp_path):

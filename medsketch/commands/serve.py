@@ -41,10 +41,10 @@ def pretrain(name:str=typer.Argument(help="one of {packaged}"),
     if name not in PRETRAINED:
         raise ValueError(f"no packaged renderer is called {name!r}; there are: {', '.join(PRETRAINED)}")
     check_count('--every', every)
-    place = Path(need_text('--out', out)).expanduser()
+    place, drawn = Path(need_text('--out', out)).expanduser(), PRETRAINED[name].recipe == 'skrgan'
     if data is not None: data = Path(need_text('--data', data)).expanduser()
     with going_on(lambda: 'the same command goes on'):
-        pretrain_one(name, data, place, every=every, mixed_precision='bf16')
+        pretrain_one(name, data, place, every=every, mixed_precision='bf16' if drawn else 'no')
         packed = pack(name, place, data, place)
-    tell(f'trained: {packed}; its scores are in {out}/{name}.md; '
-         f'draw for it with `medsketch studio {out}/{name}.safetensors`')
+    tell(f'trained: {packed}; its scores are in {out}/{name}.md')
+    if drawn: tell(f'draw for it with `medsketch studio {out}/{name}.safetensors`')

@@ -100,7 +100,7 @@ def _edits(render, sketches, made, masks):
 # %% ../../nbs/07_evaluate/12_rendering.ipynb #7508dac5
 def render_scores(
     render, # sketches (N, 1, H, W) in [0, 1] -> images (N, C, H, W) in [-1, 1]
-    sketches:torch.Tensor, # (N, 1, H, W)
+    sketches:torch.Tensor, # (N, 1, H, W); conditions of more planes are not edited
     real:torch.Tensor, # (N, C, H, W), the images they were drawn from, which the renderer has not seen
     masks=None, # (N, H, W) vessels, for their contrast
 ) -> dict: # ratios to the real images: contrast, lattice, sharpness; l1, locality, erased
@@ -109,4 +109,4 @@ def render_scores(
     out = {} if masks is None else dict(contrast=vessel_contrast(made, masks) / vessel_contrast(real, masks))
     out |= dict(lattice=lattice_energy(made) / lattice_energy(real), sharpness=sharpness(made) / sharpness(real),
                 l1=(made - real).abs().mean().item())
-    return out | _edits(render, sketches, made, masks)
+    return out if sketches.shape[1] > 1 else out | _edits(render, sketches, made, masks)

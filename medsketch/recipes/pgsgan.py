@@ -251,8 +251,8 @@ class PGSganSampling:
 
 # %% ../../nbs/06_recipes/05_pgsgan.ipynb #6006ec5c
 PRESETS = dict(
-    tour=dict(size=128, channels=1, ngf=12, ndf=16, receptive_field=34, fade_maps=12, base_steps=350, grow_steps=60,
-              full_steps=150),
+    tour=dict(size=64, channels=1, ngf=8, ndf=8, receptive_field=34, fade_maps=8, base_steps=40, grow_steps=15,
+              full_steps=30),
     cpu=dict(size=128, channels=1, ngf=32, ndf=32, fade_maps=16, base_steps=8000, grow_steps=1500, full_steps=6000),
     gpu=dict(size=256, base_steps=12_000, grow_steps=3000, full_steps=12_000),
     paper=dict(size=512, base_steps=71_200, grow_steps=21_360, full_steps=28_480))

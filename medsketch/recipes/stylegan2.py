@@ -199,7 +199,7 @@ class StyleGAN2(StyleTraining, StyleSampling, Projecting, GAN):
     "Style-based GAN with adaptive augmentation (Karras et al. 2020)"
     name, least = 'stylegan2', 8
     presets = dict(tour=dict(size=32, latent_dim=32, w_dim=32, mapping_layers=2, fmap_base=512, fmap_max=32, lr=5e-3,
-                             batch_size=8, steps=500, r1=.02, path_length=.5, mixing=.5),
+                             batch_size=8, steps=200, r1=.02, path_length=.5, mixing=.5),
                    cpu=dict(size=64, latent_dim=128, w_dim=128, fmap_base=512, fmap_max=64, batch_size=8, steps=20_000),
                    gpu=dict(size=256, steps=20_000),
                    paper=dict(size=256, fmap_base=16384, batch_size=32, steps=187_500, r1=10., ada=None,
