@@ -200,9 +200,10 @@ def apart(
     out, # where results will go
     *inputs, # folders and files that are read
     deep:bool=True, # are folders below the inputs read as well?
+    option:str='--out', # what the place was called
 ) -> Path: # `out`
     "Raises `ValueError` if results would lie among the inputs"
-    place = Path(need_text('--out', out)).expanduser()
+    place = Path(need_text(option, out)).expanduser()
     real = Path(os.path.realpath(place))
     for source in filter(None, inputs):
         at = Path(os.path.realpath(Path(source).expanduser()))
