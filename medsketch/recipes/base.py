@@ -234,6 +234,7 @@ class Fitting:
             write_weights(out/'init.safetensors', {k: self.nets[k] for k in taken}, head)
         return dict(init={'from': _paths(source), 'weights': taken})
 
+# %% ../../nbs/06_recipes/00_base.ipynb #4e22bb93
 def _warn_of_idle(taken, stages):
     "Says so if the stages train nothing of what was taken over"
     if set(taken) & {n for s in stages for n in s.learns} or not make_accelerator().is_main_process: return
