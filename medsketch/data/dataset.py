@@ -267,13 +267,13 @@ def load_images(
     "Read a folder. Bad files are skipped, listed in `.skipped`; `ValueError` for wrong arguments or if none is left"
     _check_arguments(channels, every, window, fit=fit, cache=cache, normalise=normalise, axis=axis, masks=masks)
     paired = pair(find(path, manifest), modalities, subject, outside)
-    cases = some_of(list(paired.cases), most)
+    cases, needed = some_of(list(paired.cases), most), masks
     if masks is None: masks = any(c.mask for c in cases)
     how = Reading(check_size(size), fit, normalise, window, axis, every, masks)
     ds, skipped = _stored_or_built((cases, how, classes, channels), cache)
     if ds is None:
         raise ValueError(f"none of the {len(cases)} images in {shown(path)} can be used; {_example(skipped)}")
-    left = [(str(p), r) for p, r in paired.left_out if masks is not False or 'channels' in r]
+    left = [(str(p), r) for p, r in paired.left_out if needed is not False or 'channels' in r]
     ds.skipped, ds.found = [tuple(s) for s in skipped] + left, len(paired.cases)
     if ds.skipped:
         warnings.warn(f"{len(ds.skipped)} of the images in {shown(path)} skipped, e.g. {_example(ds.skipped)} "
