@@ -136,8 +136,8 @@ def stem(path):
 IMAGE_FOLDERS = ('images', 'image', 'imgs', 'img', 'imagestr', 'imagests', 'imagesval', 'original', 'originals',
                  'scans')
 MASK_FOLDERS = ('masks', 'labels', 'labelstr', 'labelsts', 'labelsval', '1st_manual', 'manual', 'manual1',
-                'annotations', 'annotation', 'segmentations', 'segmentation', 'groundtruth', 'ground_truth', 'gt', 'mask',
-                'label') # in this order, where there are several
+                'annotations', 'annotation', 'segmentations', 'segmentation', 'groundtruth', 'ground_truth', 'gt',
+                'mask', 'label') # in this order, where there are several
 MASK_WORDS = 'masks?|seg|segmentation|labels?|gt|groundtruth|ground_truth|manual\\d*|annotation|lesion'
 MASK_END = re.compile(rf'[_\- ]({MASK_WORDS})([_\- ]?\d+)?$', re.IGNORECASE)
 IMAGE_END = re.compile(r'[_\- ](image|img|training|test|original)$', re.IGNORECASE)
