@@ -459,12 +459,12 @@ def test_fine_tuning_takes_shapes_and_weights(medsketch, photos, tmp_path):
     assert medsketch(f"train --resume {tmp_path}/third")[0] == 0
 
 
-def test_what_is_taken_over_and_not_trained_is_said(medsketch, photos, tmp_path):
-    line = "train skrgan --data phantoms:lung_ct:4 --scale tour --set render_steps=1 --set batches=1 --init lung_ct"
+def test_what_is_taken_over_and_not_trained_is_said(medsketch, photos, trained, tmp_path):
+    line = f"train skrgan --data {photos} {TINY} --init G_P={trained}"
     with pytest.warns(UserWarning, match="G_P: taken over and kept as it is, since stage sketch"):
         assert medsketch(f"{line} --out {tmp_path}/run --stages sketch")[0] == 0
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert medsketch(f"train --resume {tmp_path}/run")[0] == 0  # said once
         assert medsketch(f"{line} --out {tmp_path}/other --stages render")[0] == 0
 
