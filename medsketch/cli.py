@@ -69,3 +69,5 @@ def _nobody_listens():
     "The other end of a pipe was closed, as `head` does"
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+
+if __name__ == '__main__' and '__file__' in globals(): main() # python -m medsketch.cli

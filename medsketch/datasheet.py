@@ -35,10 +35,11 @@ def _verdict(privacy):
 # %% ../nbs/10_datasheet.ipynb #e460da96
 def _card(plan, kinds, licence):
     "The YAML header of a Hugging Face dataset card"
-    slug, sizes = '-'.join(licence.lower().split()), ((1e3, 'n<1K'), (1e4, '1K<n<10K'), (1e5, '10K<n<100K'))
+    slug, sizes = '-'.join(licence.lower().split()), ((1e3, 'n<1K'), (1e4, '1K<n<10K'), (1e5, '10K<n<100K'),
+                                                      (1e6, '100K<n<1M'), (1e7, '1M<n<10M'))
     tasks = ['unconditional-image-generation', *(['image-segmentation'] if 'mask' in kinds else [])]
     if 'sketch' in kinds or 'mask' in kinds: tasks.append('image-to-image')
-    size = next((s for limit, s in sizes if plan.n < limit), '100K<n<1M')
+    size = next((s for limit, s in sizes if plan.n < limit), '10M<n<100M')
     if slug in LICENCES: terms = dict(license=slug)
     else: terms = dict(license='other', license_name=slug) if slug else dict(license='unknown')
     head = dict(pretty_name=plan.name, **terms, tags=['synthetic', 'medical', 'medsketch'], task_categories=tasks,
@@ -47,14 +48,15 @@ def _card(plan, kinds, licence):
 
 def _files(plan, line):
     "A table of what lies where"
-    at = f'{plan.top}/' if plan.top else ''
-    kinds = dict(image='the image, 8 bits', sketch='the sketch it was drawn from: dark strokes on white',
+    at = '/'.join([*filter(None, [plan.top]), *(['00000'] if plan.shard else []), ''])
+    kinds = dict(image=f'the image, {plan.bits} bits', sketch='the sketch it was drawn from: dark strokes on white',
                  mask='the mask: class ids as grey values')
     if plan.classes: kinds['mask'] += ': ' + ', '.join(f'{i} {c}' for i, c in enumerate(plan.classes))
     folders, has = dict(image='images', sketch='sketches', mask='masks'), ['image']
     has += [k for k in ('sketch', 'mask') if f'{k}_file_name' in line]
     if 'file_name' not in line: kinds['image'] = 'one picture per modality, names ending in `_1`, `_2` ...'
     rows = [(f'`{at}{folders[k]}/`', kinds[k]) for k in has]
+    if plan.shard: rows[0] = rows[0][0], f'{rows[0][1]}; {plan.shard} in each of the numbered folders'
     rows += [(f'`{at}metadata.jsonl`', 'a line per image; columns ending in `file_name` name the files. '
               '`recipe.sample(draw + 1, seed=draw_seed)` draws image `draw` again'),
              ('`export.json`', 'the plan of the export'), ('`preview.png`', 'the first eight samples, masks in colour')]
@@ -76,7 +78,8 @@ def _contents(plan, has, size, files):
 def _making(plan):
     "How it was made"
     call = (f"export_dataset(recipe, n={plan.n}, out=..., format='{plan.format}', seed={plan.seed}, "
-            f"chunk={plan.chunk}, name={plan.name!r}, classes={plan.classes}, modality={plan.modality!r})")
+            f"chunk={plan.chunk}, name={plan.name!r}, classes={plan.classes}, modality={plan.modality!r}"
+            + (f', bits={plan.bits}' if plan.bits != 8 else '') + (f', shard={plan.shard}' if plan.shard else '') + ')')
     versions = ', '.join(f'{p} {version(p)}' for p in ('medsketch', 'torch', 'numpy'))
     return ['## How it was made', f'Recipe `{plan.recipe}`, weights `{plan.weights}`, with {versions}, '
             f'Python {platform.python_version()}:', _code(call, 'python'),

@@ -8,7 +8,6 @@ __all__ = ['SCORED', 'chunk_seed', 'draw', 'Plan', 'write_sample', 'written', 's
 # %% ../nbs/10_export.ipynb #6a4c94fd
 import json
 import re
-import shutil
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from .evaluate.features import thumbnails
 from .evaluate.metrics import check_images
 from .evaluate.privacy import Privacy, privacy_check
 from .evaluate.table import Table, least_images, score_set
+from .processes import Lists, takes, team
 from .synthetic_dicom import _pydicom, dicom_bytes, has_highdicom, secondary_capture, segmentation
 
 # %% ../nbs/10_export.ipynb #6cc4b73a
@@ -75,16 +75,21 @@ class Plan:
     modality:str # in DICOM files
     version:str # of medsketch
     bits:int=8 # of a pixel
+    shard:int=0 # images in each numbered folder; 0: all are in one
 
-    def as_dict(self): return json.loads(json.dumps(self.__dict__))
-
-    @property
-    def key(self) -> str: # what the UIDs are derived from: all but the number of images
-        return json.dumps({k: v for k, v in self.as_dict().items() if k != 'n'}, sort_keys=True)
+    def as_dict(self): return json.loads(json.dumps({k: v for k, v in self.__dict__.items() if k != 'shard' or v}))
 
     @property
-    def top(self) -> str: # folder of the list and its pictures, below that of the set
+    def key(self) -> str: # what the UIDs are derived from: all but the number of images, in however many folders
+        return json.dumps({k: v for k, v in self.as_dict().items() if k not in ('n', 'shard')}, sort_keys=True)
+
+    @property
+    def top(self) -> str: # folder of the list and its pictures, or of the numbered folders, below that of the set
         return 'train' if self.format == 'hf' else ''
+
+    def lists(self, out) -> Lists:
+        "Where the images of a set go, and the lists of them"
+        return Lists(Path(out), self.top, self.chunk, self.shard)
 
 # %% ../nbs/10_export.ipynb #ad71c628
 def write_sample(
@@ -144,10 +149,10 @@ def _open_set(out, plan):
         except (OSError, ValueError, TypeError):
             raise ValueError(f"{path} cannot be read as the plan of an export: choose another folder") from None
         now = plan.as_dict()
-        differs = next((k for k in now if before.get(k) != now[k]), None)
+        differs = next((k for k in now | before if before.get(k) != now.get(k)), None)
         if differs:
             raise ValueError(f"{out} holds an export with another {differs} ({str(before.get(differs))[:60]} there, "
-                             f"{str(now[differs])[:60]} now): choose another folder")
+                             f"{str(now.get(differs))[:60]} now): choose another folder")
         return out
     if out.exists() and (found := sorted(p.name for p in out.iterdir() if not p.name.startswith('.'))):
         raise ValueError(f"{out} holds something else already ({found[0]}): choose another folder, or empty this one")
@@ -157,26 +162,26 @@ def _open_set(out, plan):
 # %% ../nbs/10_export.ipynb #0079258c
 _ROWS = ('sketch', 'mask', 'image') # of the preview
 
-def _write_pictures(out, recipe, plan, progress):
-    "Draw and write what is not there yet, and then the list"
-    top, parts, starts = out/plan.top, out/'.parts', range(0, plan.n, plan.chunk)
-    if (top/'metadata.jsonl').exists(): return
-    for start in progress_bar(starts, leave=False) if progress and interactive() else starts:
-        k = start // plan.chunk
-        if (parts/f'{k:06d}.jsonl').exists(): continue
-        seed, lines = chunk_seed(plan.seed, k), []
-        batch = draw(recipe, min(plan.chunk, plan.n - start), seed)
-        if k == 0:
-            first = {m: batch[m][:8] for m in _ROWS if m in batch}
-            save_png(out/'preview.png', sample_grid(first, _ROWS))
-        for i in range(len(batch['image'])):
-            files = write_sample(top, {m: v[i] for m, v in batch.items()}, start + i, plan)
-            made = dict(recipe=plan.recipe, seed=plan.seed, index=start + i, draw_seed=seed, draw=i, synthetic=True)
-            lines.append(json.dumps(files | made))
-        with atomic_write(parts/f'{k:06d}.jsonl', 'w') as f: f.write('\n'.join(lines) + '\n')
-    with atomic_write(top/'metadata.jsonl') as f:
-        for k in range(len(starts)): f.write((parts/f'{k:06d}.jsonl').read_bytes())
-    shutil.rmtree(parts)
+def _write_pictures(out, recipe, plan, crew, progress):
+    "Draw and write what is not there yet, each process its chunks; the first writes the lists then"
+    lists, starts = plan.lists(out), range(0, plan.n, plan.chunk)
+    if lists.count() == plan.n: return lists.close()
+    for start in progress_bar(starts, leave=False) if progress and interactive() and crew.is_main_process else starts:
+        k, stop = start // plan.chunk, min(start + plan.chunk, plan.n)
+        if takes(crew, k) and lists.kept(start, stop) is None:
+            lists.keep(k, _write_chunk(out, draw(recipe, stop - start, chunk_seed(plan.seed, k)), start, plan))
+    crew.wait_for_everyone()
+    if crew.is_main_process: lists.gather(plan.n)
+
+def _write_chunk(out, batch, start, plan):
+    "Write what was drawn: its lines"
+    seed, lines, home = chunk_seed(plan.seed, start // plan.chunk), [], plan.lists(out).home
+    if start == 0: save_png(out/'preview.png', sample_grid({m: batch[m][:8] for m in _ROWS if m in batch}, _ROWS))
+    for i in range(len(batch['image'])):
+        files = write_sample(home(start + i), {m: v[i] for m, v in batch.items()}, start + i, plan)
+        made = dict(recipe=plan.recipe, seed=plan.seed, index=start + i, draw_seed=seed, draw=i, synthetic=True)
+        lines.append(json.dumps(files | made) + '\n')
+    return lines
 
 # %% ../nbs/10_export.ipynb #3047735a
 def written(
@@ -186,13 +191,13 @@ def written(
 ): # yields (n, C, H, W) in [-1, 1]
     "The images of a set as they were written, chunk by chunk: what is scored and checked is what others will get"
     def read_png(p): return Image.open(p, formats=('PNG',))
-    def one(line):
+    def one(home, line):
         files = [v for k, v in line.items() if k == 'file_name' or re.fullmatch(r'image_\d+_file_name', k)]
         read = (lambda p: _pydicom().dcmread(p).pixel_array) if plan.format == 'dicom' else read_png
-        a = [np.array(read(out/plan.top/f)) for f in files]
+        a = [np.array(read(home/f)) for f in files]
         return from_uint8(a[0] if len(a) == 1 else np.stack(a, -1))
-    with open(out/plan.top/'metadata.jsonl', encoding='utf-8') as f:
-        while lines := list(islice(f, chunk)): yield torch.stack([one(json.loads(line)) for line in lines])
+    rows = plan.lists(out).rows(plan.n)
+    while few := list(islice(rows, chunk)): yield torch.stack([one(*row) for row in few])
 
 # %% ../nbs/10_export.ipynb #b982092f
 SCORED = 200 # images at most
@@ -266,12 +271,13 @@ def export_dataset(
     classes=None, # names of the mask's classes 0, 1 ...; those of `train` if not given, and if the recipe draws as many
     modality:str='OT', # of DICOM files, such as 'MR' or 'OP'
     bits:int=8, # of a pixel; 16 for grey images
+    shard:int=0, # images in each of several numbered folders; 0: all in one
     extractor=None, # features for FID and privacy check, such as `inception()`; FID on thumbnails if not given
     progress:bool=True, # show a bar, in a notebook or a terminal
-) -> Exported: # its `alarm` is True if the privacy check found copies
+) -> Exported: # its `alarm` is True if the privacy check found copies; None in all of several processes but the first
     """Write a synthetic data set with its list and datasheet; called again, it goes on.
     Raises `ValueError` for bad arguments, `RuntimeError` if the disk refuses"""
-    _check_arguments(n, format, chunk, modality)
+    _check_arguments(n, format, chunk, modality, shard)
     first = draw(recipe, 1, seed)
     shape = first['image'].shape[1:]
     _check_bits(bits, shape)
@@ -279,13 +285,16 @@ def export_dataset(
     classes = _mask_names(classes, recipe.config, train) if 'mask' in first else None
     title = ' '.join(name.split()) or f'Synthetic images by {recipe.name}'
     plan = Plan(recipe.name, recipe.config, _fingerprint(recipe), n, format, seed, chunk, title, classes, modality,
-                version('medsketch'), bits)
+                version('medsketch'), bits, shard)
     try:
-        out = _open_set(out, plan)
+        crew, out = team(), Path(out)
+        if crew.is_main_process: _open_set(out, plan)
+        crew.wait_for_everyone()
         if train is None and (out/_datasheet_name(plan)).exists():
             raise ValueError(f"{out} holds this very set, finished: pass `train` to score and check it again, "
                              "or choose another folder")
-        _write_pictures(out, recipe, plan, progress)
+        _write_pictures(out, recipe, plan, crew, progress)
+        if not crew.is_main_process: return None
         return _finish(out, plan, shape, source, licence, train, held, extractor)
     except OSError as e:
         why = e.strerror or e
@@ -293,10 +302,11 @@ def export_dataset(
                            "export again to go on") from e
 
 # %% ../nbs/10_export.ipynb #61c7cad1
-def _check_arguments(n, format, chunk, modality):
+def _check_arguments(n, format, chunk, modality, shard):
     "Refuse what cannot be exported. Raises `ValueError`"
     if format not in FORMATS: raise ValueError(f"format {format!r}; use one of {', '.join(FORMATS)}")
     if n < 1 or chunk < 1: raise ValueError(f"n={n}, chunk={chunk}: both must be at least 1")
+    if shard < 0: raise ValueError(f"shard={shard}: at least 1 image is in a folder; 0 puts all in one")
     if not re.fullmatch(r'[A-Z0-9_]{1,16}', modality):
         raise ValueError(f"modality {modality!r}: a DICOM code of capital letters is needed, "
                          "such as 'MR', 'CT', 'OP' or 'OT'")
@@ -330,7 +340,7 @@ def _finish(out, plan, shape, source, licence, train, held, extractor):
         privacy = privacy_check(written(out, plan), train, held, extractors=extractor or ())
         worst = out.resolve().parent/f'{out.resolve().name}-nearest-training-images.png'
         save_png(worst, privacy.figure())
-    with open(out/plan.top/'metadata.jsonl', encoding='utf-8') as f: line = json.loads(f.readline())
+    _, line = next(plan.lists(out).rows(plan.n))
     against = 'the images trained on, which flatters a generator that copies'
     if held is not None: against = 'real images that were held back'
     path = out/_datasheet_name(plan)

@@ -162,13 +162,23 @@ def find_named(
 
 def _from_hub(repo):
     "The weights.safetensors of a Hub repository, kept in the Hub's own cache"
-    try: from huggingface_hub import hf_hub_download
+    try: import huggingface_hub as hub
     except ImportError:
-        raise ValueError(f"no file is called {repo}; to fetch it from the Hub: pip install 'medsketch[hub]'") from None
-    try: return Path(hf_hub_download(repo, 'weights.safetensors'))
+        raise ValueError(f"no file or folder is called {repo}; to fetch it from the Hub: "
+                         "pip install 'medsketch[hub]'") from None
+    there = _hub_answers(hub, repo)
+    try: return Path(hub.hf_hub_download(repo, 'weights.safetensors', local_files_only=not there))
     except Exception as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise ValueError(f"{repo} could not be fetched from the Hub ({why})") from None
+        why = (str(e).splitlines() or [type(e).__name__])[0][:200] if there else 'there is no connection'
+        raise ValueError(f"no file or folder is called {repo}, and it could not be fetched from the Hub "
+                         f"({why})") from None
+
+def _hub_answers(hub, repo):
+    "Ask the Hub once: its own download repeats the question for half a minute where there is no network"
+    try: hub.get_hf_file_metadata(hub.hf_hub_url(repo, 'weights.safetensors'), timeout=5)
+    except hub.errors.HfHubHTTPError: return True # the download will say what is wrong
+    except Exception: return False
+    return True
 
 # %% ../nbs/09_pretrained.ipynb #82069761
 def load(

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 
 import cv2
 import numpy as np
@@ -470,6 +471,16 @@ def test_fine_tuning_takes_shapes_and_weights(medsketch, photos, tmp_path):
     assert medsketch(f"{line} {small} --out {tmp_path}/third --init G_P={tmp_path}/first")[0] == 0
     assert set(json.loads((tmp_path / "third/config.json").read_text())["init"]["weights"]) == {"G_P"}
     assert medsketch(f"train --resume {tmp_path}/third")[0] == 0
+
+
+def test_what_is_taken_over_and_not_trained_is_said(medsketch, photos, trained, tmp_path):
+    line = f"train skrgan --data {photos} {TINY} --init G_P={trained}"
+    with pytest.warns(UserWarning, match="G_P: taken over and kept as it is, since stage sketch"):
+        assert medsketch(f"{line} --out {tmp_path}/run --stages sketch")[0] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert medsketch(f"train --resume {tmp_path}/run")[0] == 0  # said once
+        assert medsketch(f"{line} --out {tmp_path}/other --stages render")[0] == 0
 
 
 def test_scores_while_training_choose_the_best(medsketch, photos, tmp_path):

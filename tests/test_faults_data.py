@@ -470,6 +470,21 @@ LAYOUTS = {
     'images + gt': ('images/{}.png', 'gt/{}_GT.png'),
     'beside, in images': ('images/{}.png', 'images/{}_mask.png'),
     'image endings': ('images/{}_image.png', 'masks/{}_label.png'),
+    'words in capitals': ('{}.png', '{}Mask.png'),
+    'a word in front': ('{}.png', 'mask_{}.png'),
+    'words in front': ('images/img_{}.png', 'masks/mask_{}.png'),
+    'behind a dot': ('{}.png', '{}.mask.png'),
+    'two words behind': ('{}.png', '{}_seg_mask.png'),
+    'contours': ('{}.png', '{}_contour_mask.png'),
+    'CHASE_DB1': ('Image_{}.jpg', 'Image_{}_1stHO.png'),
+    'STARE': ('{}.ppm', '{}.ah.ppm'),
+    'HRF': ('images/{}.png', 'manual1/{}.tif'),
+    'VOC': ('JPEGImages/{}.jpg', 'SegmentationClass/{}.png'),
+    'ISIC': ('ISIC_Task1-2_Input/ISIC_{}.jpg', 'ISIC_Task1_GroundTruth/ISIC_{}_segmentation.png'),
+    'CVC': ('Original/{}.tif', 'Ground Truth/{}.tif'),
+    'two words of folders': ('train_images/{}.png', 'train_masks/{}.png'),
+    'the other way round': ('images-train/{}.png', 'labels-train/{}.png'),
+    'in one folder of a patient': ('p/T1 Image/{}.png', 'p/T1 Mask/{}.png'),
 }
 
 
@@ -477,17 +492,60 @@ LAYOUTS = {
 def test_masks_are_paired_and_never_images(tmp_path, layout):
     image, mask = LAYOUTS[layout]
     for i in range(3):
-        put(tmp_path / 'd' / image.format(f'c{i}'))
-        put(tmp_path / 'd' / mask.format(f'c{i}'), np.roll(FORE, i, 1))
+        put(tmp_path / 'd' / image.format(f'c{i}'), np.dstack([NOISE] * 3))
+        put(tmp_path / 'd' / mask.format(f'c{i}'), np.dstack([np.roll(FORE, i, 1)] * 3))
+    if layout == 'HRF':  # the field of view, which is no segmentation
+        put(tmp_path / 'd/mask/c0_mask.tif', BLANK + 255)
     if layout == 'DRIVE':
         put(tmp_path / 'd/training/mask/c0_training_mask.png', BLANK + 255)
     ds = load(tmp_path / 'd')
     assert len(ds) == 3 and ds.classes == ('background', 'foreground')
     assert all(((ds.masks[i] > 0) == np.roll(DISC, i, 1)).all() for i in range(3))
-    put(tmp_path / 'd' / mask.format('lonely'), FORE)
+    put(tmp_path / 'd' / mask.format('lonely'), np.dstack([FORE] * 3))
     with pytest.warns(UserWarning, match='looks like a mask'):
         ds = load_images(tmp_path / 'd', S)
     assert len(ds) == 3 and 'lonely' in ds.skipped[0][0] and len(load(tmp_path / 'd', masks=False)) == 3
+
+
+def test_folders_of_the_same_words_stay_apart(tmp_path):
+    "The same names in a set to train on and in one to test on"
+    for k, part in enumerate(('train', 'test')):
+        put(tmp_path / f'{part}_images/0.png', NOISE // (k + 1))
+        put(tmp_path / f'{part}_masks/0.png', np.roll(FORE, 5 * k, 1))
+    ds = load(tmp_path)
+    test = int(ds.images[0].mean() > ds.images[1].mean())
+    assert len(ds) == 2 and ((ds.masks[test] > 0) == np.roll(DISC, 5, 1)).all()
+    assert ((ds.masks[1 - test] > 0) == DISC).all()
+
+
+NO_MASKS = {
+    'patients': ('scan 1/{}.png', 'scan 2/{}.png'),
+    'faces': ('with_mask/{}.png', 'without_mask/{}.png'),
+    'classes': ('label_0/{}.png', 'label_1/{}.png'),
+    'words in front of all': ('mask_{}.png', 'gt_{}.png'),
+    'a word inside': ('segment{}.png', 'labelled{}.png'),
+}
+
+
+@pytest.mark.parametrize('layout', NO_MASKS)
+def test_names_that_only_sound_like_masks(tmp_path, layout):
+    for name in NO_MASKS[layout]:
+        for i in range(3):
+            put(tmp_path / name.format(f'c{i}'))
+    ds = load(tmp_path)
+    assert len(ds) == 6 and ds.masks is None
+    if layout == 'patients':
+        assert sorted(set(ds.subjects)) == ['scan 1', 'scan 2']
+
+
+def test_masks_without_any_image_are_said(tmp_path):
+    "Not one can be paired: they are listed all the same, unless nobody asked for masks"
+    for i in range(3):
+        put(tmp_path / f'c{i}_sat.png')
+        put(tmp_path / f'c{i}_mask.png', FORE)
+    with pytest.warns(UserWarning, match='looks like a mask'):
+        assert len(load_images(tmp_path, S).skipped) == 3
+    assert not load(tmp_path, masks=False).skipped
 
 
 def test_several_masks_of_one_image_are_joined(tmp_path):

@@ -104,18 +104,37 @@ def test_where_weights_are_looked_for(tmp_path, monkeypatch):
         medsketch.lode()
 
 
+class Refused(OSError):
+    "What the Hub answers with"
+
+
+def hub(monkeypatch, metadata, download):
+    "A Hub library of our own, with these two functions"
+    fake = types.SimpleNamespace(
+        hf_hub_download=download,
+        get_hf_file_metadata=metadata,
+        hf_hub_url=lambda *args: '/'.join(args),
+        errors=types.SimpleNamespace(HfHubHTTPError=Refused),
+    )
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', fake)
+
+
 def test_weights_from_the_hub(tmp_path, monkeypatch):
     recipe_class('skrgan')(size=32, seed=4, **TINY).save(tmp_path / 'weights.safetensors')
     asked = []
 
-    def hf_hub_download(*args):
-        asked.append(args)
+    def metadata(url, timeout):
+        if 'nobody' in url:
+            raise Refused('404')
+
+    def download(*args, local_files_only):
+        asked.append((*args, local_files_only))
         if args[0] == 'nobody/nothing':
-            raise OSError('404 not found\nlong story')
+            raise Refused('404 not found\nlong story')
         return str(tmp_path / 'weights.safetensors')
 
-    monkeypatch.setitem(sys.modules, 'huggingface_hub', types.SimpleNamespace(hf_hub_download=hf_hub_download))
-    assert load('someone/eyes').config['seed'] == 4 and asked == [('someone/eyes', 'weights.safetensors')]
+    hub(monkeypatch, metadata, download)
+    assert load('someone/eyes').config['seed'] == 4 and asked == [('someone/eyes', 'weights.safetensors', False)]
     with pytest.raises(ValueError, match='could not be fetched from the Hub .404 not found.'):
         load('nobody/nothing')
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
@@ -124,6 +143,28 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
     for odd in ('kidney', './no/where', '/no/where'):
         with pytest.raises(ValueError, match='no weights are called'):
             load(odd)
+
+
+def test_without_a_connection_the_hub_is_asked_once(tmp_path, monkeypatch):
+    "What it sent before is used; anything else is an error at once, which says that there is no such folder either"
+    recipe_class('skrgan')(size=32, seed=4, **TINY).save(tmp_path / 'weights.safetensors')
+    asked = []
+
+    def metadata(url, timeout):
+        asked.append(timeout)
+        raise ConnectionError('Name or service not known')
+
+    def download(*args, local_files_only):
+        assert local_files_only, 'this one asks again and again'
+        if args[0] == 'someone/eyes':
+            return str(tmp_path / 'weights.safetensors')
+        raise FileNotFoundError('long story')
+
+    hub(monkeypatch, metadata, download)
+    assert load('someone/eyes').config['seed'] == 4
+    with pytest.raises(ValueError, match='no file or folder is called runs/eyse.*no connection') as e:
+        load('runs/eyse')
+    assert '\n' not in str(e.value) and len(asked) == 2 and max(asked) <= 5
 
 
 def test_a_renderer_alone_says_that_it_draws_no_sketches(tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,47 @@ def test_the_readme_leads_somewhere_from_the_package_index_too():
     assert own, "no link of its own"
     assert all((ROOT / p).exists() for p in own), own
     assert not re.findall(r"\]\((?!https?:|#)", text), "relative links lead nowhere on PyPI"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    "The names in a source distribution made of this project, and what it says of itself"
+    copy, out = (tmp_path_factory.mktemp(name) for name in ("project", "dist"))
+    for name in own_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, copy / name)
+    run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", out, cwd=copy)
+    with tarfile.open(next(out.glob("*.tar.gz"))) as tar:
+        names = {m.name.partition("/")[2] for m in tar.getmembers() if m.isfile()}
+        top = tar.getmembers()[0].name.partition("/")[0]
+        return names, tar.extractfile(f"{top}/PKG-INFO").read().decode()
+
+
+def own_files():
+    "Files of the project: those that git knows, or all of an unpacked source distribution"
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
+        found = [n for n in listed.stdout.split("\0") if n and (ROOT / n).is_file()]
+    except (OSError, subprocess.CalledProcessError):
+        found = [p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*") if p.is_file()]
+    return [n for n in found if not n.startswith((".", "medsketch.egg-info")) and "__pycache__" not in n]
+
+
+def test_a_source_distribution_holds_what_its_tests_need(packed):
+    "Everything: tests and the modules they share, the notebooks, and the tools that both are checked by"
+    names, _ = packed
+    assert not sorted(set(own_files()) - names)
+    assert {"tests/conftest.py", "tests/faults.py", "tests/references.py", "tools/house.py"} <= names
+
+
+def test_the_package_index_shows_pictures_and_links(packed):
+    "The page there is README.md alone: whatever is relative leads nowhere"
+    _, said = packed
+    page = said.partition("\n\n")[2]
+    assert page.count("](") > 10 and "Description-Content-Type: text/markdown" in said
+    links = re.findall(r"\]\(([^)\s]+)", page) + re.findall(r"(?:src|href)=[\"']([^\"']+)", page)
+    assert not [x for x in links if not x.startswith(("https://", "http://", "#"))]
+    assert re.search(r"!\[[^\]]*\]\(https://", page) or re.search(r"src=[\"']https://", page), "no picture"
 
 
 @pytest.mark.parametrize("tool", ["readme", "sidebar"])

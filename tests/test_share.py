@@ -35,7 +35,7 @@ def test_a_prepared_repository_loads_and_names_no_folder(tmp_path, capsys):
         (['push', 'fundus', 'eyes', '--to', 'R'], 'no name for the Hub'),
         (['push', 'fundus', '../../etc', '--to', 'R'], 'no name for the Hub'),
         (['push', 'nothing', 'a/b', '--to', 'R'], 'no weights are called nothing'),
-        (['push', 'fundus', 'a/b', '--to', ''], '--out is empty'),
+        (['push', 'fundus', 'a/b', '--to', ''], '--to is empty'),
         (['push', 'fundus', 'a/b', '--to', 'R', '--privacy', 'P'], 'is not what'),
         (['push', 'fundus', 'a/b', '--to', 'R', '--privacy', 'missing'], 'No such file'),
         (['onnx', 'fundus', '--out', 'x.pt'], 'ends in .onnx'),

@@ -15,8 +15,8 @@ SECTIONS = {
     "Systems": ["06_recipes", "09_pretrained.ipynb"],
     "Evaluation": ["07_evaluate"],
     "Studio": ["08_studio"],
-    "Reference": ["00_core.ipynb", "10_datasheet.ipynb", "10_dicom.ipynb", "10_export.ipynb", "12_share.ipynb",
-                  "11_cli"],
+    "Reference": ["00_core.ipynb", "10_datasheet.ipynb", "10_dicom.ipynb", "10_processes.ipynb", "10_export.ipynb",
+                  "12_share.ipynb", "11_cli"],
 }
 
 

@@ -36,7 +36,7 @@ def push(run:str=typer.Argument(help="folder of a run, or a .safetensors file"),
     except ImportError: raise ValueError("the Hub needs its library: pip install 'medsketch[hub]'") from None
     about = dict(licence=licence, source=source, privacy=_privacy(privacy))
     if to is None: return tell(f'{upload(find_run(run), repo, private=not public, **about)} has weights and card')
-    place = apart(to, run)
+    place = apart(to, run, option='--to')
     free([place/'README.md', place/'weights.safetensors'], [])
     with disk(lambda: 'nothing was uploaded'): prepare_repo(find_run(run), place, repo, **about)
     tell(f'weights.safetensors and README.md are in {to}; nothing was uploaded')

@@ -140,6 +140,7 @@ def load_source(
     channels:int=None, # the data's if not given
     masks:bool=None, # read masks? None: if there are any
     option:str='--data', # what the source was called
+    most:int=None, # images at most, drawn at random; all if not given
 ): # an `ImageData`
     "The images a command works on. Raises `ValueError` if there are none"
     from medsketch.core import check_size
@@ -149,13 +150,14 @@ def load_source(
         raise ValueError(f"--channels {channels}: 1 to 64 are possible")
     if str(source).startswith('phantoms:'):
         kind, n = phantoms_asked(str(source))
-        found = phantom_data(kind, n, size)
+        found = phantom_data(kind, min(n, most or n), size)
+        found.found = n
         if channels in (None, found.channels): return found
         raise ValueError(f"{kind} phantoms have {found.channels} channels, not {channels}: leave --channels out")
     import warnings
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*skipped')  # they are listed, one by one
-        return load_images(source, size, channels=channels, masks=masks)
+        return load_images(source, size, channels=channels, masks=masks, most=most)
 
 def need_text(option, value):
     "Raises `ValueError` for an empty name of a folder or file, which would mean the folder one is in"
@@ -200,9 +202,10 @@ def apart(
     out, # where results will go
     *inputs, # folders and files that are read
     deep:bool=True, # are folders below the inputs read as well?
+    option:str='--out', # what the place was called
 ) -> Path: # `out`
     "Raises `ValueError` if results would lie among the inputs"
-    place = Path(need_text('--out', out)).expanduser()
+    place = Path(need_text(option, out)).expanduser()
     real = Path(os.path.realpath(place))
     for source in filter(None, inputs):
         at = Path(os.path.realpath(Path(source).expanduser()))

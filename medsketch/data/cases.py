@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .files import file_kind, is_regular, shown
+from .names import read_as
 from .readers import can_convert, to_channels
 
 # %% ../../nbs/02_data/05_cases.ipynb #57f450df
@@ -134,10 +135,9 @@ def stem(path):
 # %% ../../nbs/02_data/05_cases.ipynb #5018d627
 IMAGE_FOLDERS = ('images', 'image', 'imgs', 'img', 'imagestr', 'imagests', 'imagesval', 'original', 'originals',
                  'scans')
-MASK_FOLDERS = ('masks', 'labels', 'labelstr', 'labelsts', 'labelsval', '1st_manual', 'manual', 'annotations',
-                'annotation', 'segmentations',
-                'segmentation', 'groundtruth', 'ground_truth', 'gt', 'mask',
-                'label') # in this order, where there are several
+MASK_FOLDERS = ('masks', 'labels', 'labelstr', 'labelsts', 'labelsval', '1st_manual', 'manual', 'manual1',
+                'annotations', 'annotation', 'segmentations', 'segmentation', 'groundtruth', 'ground_truth', 'gt',
+                'mask', 'label') # in this order, where there are several
 MASK_WORDS = 'masks?|seg|segmentation|labels?|gt|groundtruth|ground_truth|manual\\d*|annotation|lesion'
 MASK_END = re.compile(rf'[_\- ]({MASK_WORDS})([_\- ]?\d+)?$', re.IGNORECASE)
 IMAGE_END = re.compile(r'[_\- ](image|img|training|test|original)$', re.IGNORECASE)
@@ -281,20 +281,24 @@ class Paired:
 
 def _folder_cases(found):
     "Cases of a folder by the names of folders and files"
-    roles = sort_files(found.files, found.root)
+    real = read_as(found.files, found.root, lambda name: folder_role((name,))[1])
+    roles = sort_files(list(real), found.root)
     table = _mask_table(roles.masks, found.root)
     cases, used = [], set()
     for name, paths in _channel_groups(roles.images):
         masks = masks_of(paths[0].with_name(name + paths[0].name[len(stem(paths[0])):]), table, found.root)
         used.update(masks)
+        if len(paths) == 1: name = stem(real[paths[0]])
+        masks, paths = (tuple(real[p] for p in ps) for ps in (masks, paths))
         cases.append(Case(paths, masks[0] if masks else None, '', name, masks[1:]))
     most = max((len(c.images) for c in cases), default=1)
     short = [c for c in cases if len(c.images) < most and CHANNEL.search(stem(c.path))]
     reason = lambda m: 'it looks like a mask, but there is no image of its name'
-    left = [(m, reason(m)) for m in roles.masks if m not in used and _place(m, found.root)[2] != 'mask' or
+    left = [(real[m], reason(m)) for m in roles.masks if m not in used and _place(m, found.root)[2] != 'mask' or
             m not in used and not _second_choice(m, used, found.root)]
     left += [(c.path, f'it has {len(c.images)} channels, others {most}') for c in short]
-    return Paired(tuple(name_cases([c for c in cases if c not in short], found.root)), tuple(left), tuple(roles.other))
+    cases = name_cases([c for c in cases if c not in short], found.root)
+    return Paired(tuple(cases), tuple(left), tuple(real[p] for p in roles.other))
 
 def _second_choice(mask, used, root):
     "Is this another observer's or another kind of mask of an image that has one already?"

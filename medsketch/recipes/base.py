@@ -9,6 +9,7 @@ __all__ = ['RECIPES', 'as_data', 'sized', 'Drawing', 'ManySamples', 'Saving', 'P
 # %% ../../nbs/06_recipes/00_base.ipynb #b64b3ce1
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -210,6 +211,7 @@ class Fitting:
         todo = self.stages(data, more)
         chosen = choose(todo, stages)
         notes = notes | self._start(init, out and Path(out), resume)
+        if init: _warn_of_idle(notes['init']['weights'], [s for s in todo if s.steps and s.name in chosen])
         if out: open_run(self, out, data, resume, noted, **notes)
         meta = dict(recipe=self.name, config=json.dumps(self.config), data=data.fingerprint())
         for i, stage in enumerate(todo):
@@ -231,6 +233,13 @@ class Fitting:
             head = dict(recipe=self.name, config=self.config)
             write_weights(out/'init.safetensors', {k: self.nets[k] for k in taken}, head)
         return dict(init={'from': _paths(source), 'weights': taken})
+
+# %% ../../nbs/06_recipes/00_base.ipynb #4e22bb93
+def _warn_of_idle(taken, stages):
+    "Says so if the stages train nothing of what was taken over"
+    if set(taken) & {n for s in stages for n in s.learns} or not make_accelerator().is_main_process: return
+    warnings.warn(f"{', '.join(sorted(taken))}: taken over and kept as it is, since stage "
+                  f"{', '.join(s.name for s in stages)} does not train it", stacklevel=3)
 
 def _paths(init): return {k: str(p) for k, p in init.items()} if isinstance(init, dict) else str(init)
 
