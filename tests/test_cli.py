@@ -308,7 +308,7 @@ def test_demo_writes_picture_and_scores(medsketch, tmp_path):
     rows = (tmp_path / "demo/scores.csv").read_text().splitlines()
     assert [r.split(",")[0] for r in rows] == ["", "untrained", "trained", "packaged"]
     with Image.open(tmp_path / "demo/growing.gif") as gif:
-        assert gif.n_frames == 8
+        assert gif.n_frames == 4
     assert "swd" in out and "demo.png" in out and "medsketch studio" in out
     weights = (tmp_path / "demo/brain_mri_32/weights.safetensors").read_bytes()
     assert medsketch(f"{line} brain_mri")[0] == 0  # a second demo goes on with what is there

@@ -60,32 +60,34 @@ def from_card(
     return f'{name}: L1 {best:.3f} to images held back (the mean training image: {mean:.3f})'
 
 # %% ../../nbs/11_cli/09_demo.ipynb #769e4ee3
-FRAMES = 12 # sample grids of each stage
+FRAMES = 24 # sample grids
 
 def learn(
     kind:str, # a phantom's name
     out, # folder of the run; one that was begun goes on
     minutes:float=2.5, # of training
-    steps:int|None=None, # batches per stage, instead of minutes
+    steps:int|None=None, # batches, instead of minutes
     size:int=64, # pixels
     n:int=256, # phantoms to train on; half as many again are held back
     seed:int=0,
 ) -> tuple: # (the trained recipe, an `ImageData` of phantoms held back)
-    "Train SkrGAN on one kind of phantom. Raises `ValueError` if not one step fits into the minutes"
+    "Train SkrGAN's renderer on one kind of phantom. Raises `ValueError` if not one step fits into the minutes"
     from medsketch.commands.plan import Forecast, announce, steps_for
     from medsketch.data import phantom_data
     from medsketch.recipes import recipe_class
+    from medsketch.sketch import add_sketches
     from medsketch.train.stages import read_config
-    rows = phantom_data(kind, n + n // 2, size, seed)
+    rows = add_sketches(phantom_data(kind, n + n // 2, size, seed), style=kind)
     rows, held = rows.subset(range(n)), rows.subset(range(n, n + n // 2))
     cls, begun = recipe_class('skrgan'), read_config(out) if (Path(out)/'config.json').exists() else None
-    small = dict(latent_dim=32, fmap_base=768, fmap_max=48, ngf=16, ndf=16, receptive_field=34, r1=3., batch_size=8)
+    small = dict(latent_dim=16, fmap_base=256, fmap_max=16, ngf=16, ndf=16, receptive_field=34, batch_size=8)
     small |= dict(size=size, channels=rows.channels, style=kind, seed=seed)
+    only = dict(stages=['render'])
     if begun: r = cls(**begun['config'])
-    else: r = cls(**small | cls.steps_each(steps or steps_for(minutes, cls, small, rows), size))
-    announce(r)
-    every = max(1, max(s.steps for s in r.stages(None)) // FRAMES)
-    return r.fit(rows, out, resume=True, every=every, callbacks=[Forecast(r.fade)], progress=False), held
+    else: r = cls(**small | cls.steps_each(steps or steps_for(minutes, cls, small, rows, **only), size))
+    announce(r, only=['render'])
+    every = max(1, r.config['render_steps'] // FRAMES)
+    return r.fit(rows, out, resume=True, every=every, callbacks=[Forecast(r.fade)], progress=False, **only), held
 
 # %% ../../nbs/11_cli/09_demo.ipynb #d3a00009
 def growing(
@@ -95,7 +97,7 @@ def growing(
     "The sample grids of a run, one after the other, as an animation that stays on the last"
     from PIL import Image, ImageOps
     from medsketch.core import atomic_write
-    paths = [p for stage in ('sketch', 'render') for p in sorted(Path(run, stage, 'samples').glob('*.png'))]
+    paths = sorted(Path(run, 'render', 'samples').glob('*.png'))
     frames = [Image.open(p).convert('RGB') for p in paths]
     size = tuple(max(f.size[i] for f in frames) for i in (0, 1))
     frames = [ImageOps.pad(f, size, Image.NEAREST, 'white') for f in frames]
@@ -108,11 +110,11 @@ def scores_of(
     held, # phantoms held back, an `ImageData`
     kind:str, # of phantom
 ) -> dict: # {'untrained': `Table`, 'trained': `Table`, 'packaged': `Table`}
-    "A hundred samples before and after training, and what the packaged renderer makes of the held-back sketches"
+    "What the renderer makes of the held-back sketches before and after training, and what the packaged one does"
     from medsketch.evaluate.table import score_set
-    fresh = type(r)(**r.config)
-    fresh.learned = set(fresh.nets)  # it draws, although it has learned nothing
-    made = dict(untrained=fresh.sample(100)['image'], trained=r.sample(100)['image'], packaged=_packaged(held, kind))
+    fresh, sketches = type(r)(**r.config), held.batch(range(len(held)))['sketch']
+    fresh.learned = {'G_P'}  # it draws, although it has learned nothing
+    made = dict(untrained=fresh.render(sketches), trained=r.render(sketches), packaged=_packaged(held, kind))
     score = lambda x: score_set(held, x, 'samples', METRICS, resamples=0)
     return {k: score(x) for k, x in made.items() if x is not None}
 
@@ -162,14 +164,14 @@ def _draw(out):
 
 def _learn(out, run, kind, minutes, steps, size, images):
     "The second part: a run, growing.gif and scores.csv"
-    budget = f'{steps} steps a stage' if steps else f'{minutes:g} minutes'
-    tell(f'\n2. A small SkrGAN learns {kind} phantoms, {budget}')
+    budget = f'{steps} steps' if steps else f'{minutes:g} minutes'
+    tell(f'\n2. A small renderer learns {kind} phantoms, {budget}')
     r, held = learn(kind, run, minutes, steps, size, images)
     growing(run, out/'growing.gif')
     found = scores_of(r, held, kind)
     _write(out, found)
-    tell(f'{out}/growing.gif shows how it learned; 100 samples against {len(held)} held-back phantoms, '
-         f'in brackets two halves of them:\n\n{table(found)}')
+    tell(f'{out}/growing.gif shows how it learned; its images of {len(held)} held-back sketches against '
+         f'their phantoms, in brackets two halves of those:\n\n{table(found)}')
 
 def _write(out, found):
     "scores.csv"
@@ -184,16 +186,16 @@ def _write(out, found):
 NEXT = '''
 What to try next:
   medsketch studio                                     draw, and see it rendered (pip install 'medsketch[lab]')
-  medsketch sample {run} --n 100 --out more       draw more from what was just trained
+  medsketch render {run} --sketches DIR --out more   render sketches with what was just trained
   medsketch train skrgan --data FOLDER --out run       train on images of your own'''
 
 def demo(out:str=typer.Option('demo', help="folder for pictures, scores and the run"),
          minutes:float=typer.Option(2.5, help="of training; 0 draws with the packaged renderers and trains nothing"),
-         steps:int=typer.Option(None, help="training steps per stage, instead of --minutes"),
+         steps:int=typer.Option(None, help="training steps, instead of --minutes"),
          size:int=typer.Option(64, help="side of the images to train on, pixels"),
          images:int=typer.Option(256, help="phantoms to train on"),
          kind:str=typer.Option('lung_ct', help="of phantom: {kinds}")):
-    "Draw with the packaged renderers, then watch a small system learn; writes demo.png, growing.gif and scores.csv."
+    "Draw with the packaged renderers, then watch a small one learn; writes demo.png, growing.gif and scores.csv."
     place = Path(need_text('--out', out)).expanduser()
     _check(kind, minutes, steps, size, images)
     run = place/f'{kind}_{size}'
