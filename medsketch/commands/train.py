@@ -211,7 +211,8 @@ def carry_out(job:Job, resume:bool):
 def uses_masks(job):
     "None: masks are read if there are any; False where nothing is learned from them"
     if not job.fresh: return job.options.get('masks')
-    return None if job.settings.get('variants') or job.cls.masks else False
+    learns = job.cls.masks or job.settings.get('variants') or job.settings.get('seg')
+    return None if learns else False
 
 # %% ../../nbs/11_cli/05_train.ipynb #a75d52cc
 def train(recipe:str=typer.Argument(None, help="a name of the list above; with --resume, the folder of the run"),
