@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEDICAL', 'EIGHT_AT_512', 'PRESETS', 'Channels', 'SegmentationData', 'SegmentationDrawing', 'Growing', 'on_sphere',
-           'Latents', 'EncoderStage', 'Coding', 'PGGAN']
+           'Latents', 'EncoderStage', 'Coding', 'Inversion', 'PGGAN']
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #e3cf182b
+# %% ../../nbs/06_recipes/08_pggan.ipynb #a9315d0a
 import torch
 import torch.nn.functional as F
 
@@ -22,7 +22,7 @@ from ..train.losses import gradient_penalty, wgan_d, wgan_drift, wgan_g
 from ..train.stages import Stage
 from ..train.trainer import Phase
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #f97a9c65
+# %% ../../nbs/06_recipes/08_pggan.ipynb #e001329a
 class Channels:
     "Image and segmentation maps as the channels of one tensor"
     @property
@@ -58,7 +58,7 @@ class Channels:
         out = dict(image=x[:, :c], mask=ids[(which + 1) * (top > 0)])
         return out | (dict(seg=(x[:, c:] + 1) / 2) if soft else {})
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #e8e88218
+# %% ../../nbs/06_recipes/08_pggan.ipynb #a6270c01
 class SegmentationData(Channels):
     "Images with masks, and the names of what is in them"
     def prepare(self, data, more=None):
@@ -88,7 +88,7 @@ class SegmentationData(Channels):
                 raise ValueError(f"seg={s!r} is no class of the masks; there are: {', '.join(names[1:])}; "
                                  "'mask' takes them all")
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #a8cfd5f8
+# %% ../../nbs/06_recipes/08_pggan.ipynb #1991f2aa
 class SegmentationDrawing:
     "How pairs are drawn"
     def _sample(self, G, n, seed, first=0):
@@ -113,7 +113,7 @@ class SegmentationDrawing:
         made = [self.split(self.nets['G'](part), soft) for part in z.split(batch_size)]
         return {k: torch.cat([m[k] for m in made]) for k in made[0]}
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #5c309550
+# %% ../../nbs/06_recipes/08_pggan.ipynb #b6c2af84
 class Growing:
     "What growing changes"
     @property
@@ -142,7 +142,7 @@ class Growing:
         r = D(real)
         return dict(w=wgan_d(r, D(fake)), gp=self.config['lam'] * gradient_penalty(D, real, fake), drift=wgan_drift(r))
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #a62a3959
+# %% ../../nbs/06_recipes/08_pggan.ipynb #8a85cea2
 def on_sphere(
     z, # (..., D) latent vectors, not all 0
 ): # the same directions, of mean square 1
@@ -163,7 +163,7 @@ class Latents:
         return dict(z=torch.stack([torch.randn(self.dim, generator=torch_rng(self.seed, i, 2))
                                    for i in range(first, first + n)]))
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #e802f416
+# %% ../../nbs/06_recipes/08_pggan.ipynb #f5fb9f45
 class EncoderStage:
     "From synthetic images back to the vectors they were made from"
     def seen(self, x):
@@ -192,7 +192,7 @@ class EncoderStage:
         both = {k: v.cpu() for k, v in made.items()} | {f'{k} again': v.cpu() for k, v in again.items()}
         return sample_grid(both, tuple(sorted(both)))
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #7505fd81
+# %% ../../nbs/06_recipes/08_pggan.ipynb #5858b416
 class Coding:
     "Real images in the latent space"
     def _look(self, images, mask):
@@ -219,6 +219,9 @@ class Coding:
         x = self.seen(self._look(images, mask))
         return on_sphere(torch.cat([self.nets['E'](part) for part in x.split(batch_size)]))
 
+# %% ../../nbs/06_recipes/08_pggan.ipynb #d36f8abd
+class Inversion:
+    "Vectors that come nearer than the encoder's"
     def invert(self,
                images, mask=None, # as for `encode`
                steps:int=200, # of Adam, for each image
@@ -242,7 +245,7 @@ class Coding:
             opt.step()
         return on_sphere(best)
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #817d45c9
+# %% ../../nbs/06_recipes/08_pggan.ipynb #d6b29edf
 MEDICAL = {4: 128, 8: 128, 16: 128, 32: 128, 64: 128, 128: 128, 256: 64, 512: 16} # feature maps (Network Architectures)
 EIGHT_AT_512 = dict.fromkeys((4, 8, 16, 32, 64, 128, 256), 16) | {512: 8} # images per batch
 
@@ -254,8 +257,8 @@ PRESETS = dict(
     paper=dict(size=512, latent_dim=128, widths=MEDICAL, batches=40_000, batch_size=EIGHT_AT_512,
                encoder_steps=20_000))
 
-# %% ../../nbs/06_recipes/08_pggan.ipynb #e03d8d69
-class PGGAN(EncoderStage, Coding, SegmentationDrawing, SegmentationData, Growing, GAN):
+# %% ../../nbs/06_recipes/08_pggan.ipynb #dd45430e
+class PGGAN(EncoderStage, Coding, Inversion, SegmentationDrawing, SegmentationData, Growing, GAN):
     "Progressively growing GAN on images, alone or with segmentation maps (Karras et al. 2018; Beers et al. 2018)"
     name, inference, presets = 'pggan', ('G', 'E'), PRESETS
     later = dict(seg=('seg', 'classes'), encoder_steps=('encoder_steps', 'encoder_sees')) # unused: not in config
@@ -273,7 +276,7 @@ class PGGAN(EncoderStage, Coding, SegmentationDrawing, SegmentationData, Growing
                  batch_size:int|dict=16, # images per batch, one number or {resolution: number}
                  loss:str='wgan', # the paper's, or 'relativistic' against mode collapse
                  r1=None, diffaugment=None, ada=None, augment='none', seed=0, # as for `DCGAN`
-                 seg:str|int|list|None=None, # classes of the mask to draw along: 'mask' for all, a name, a number, a list
+                 seg:str|int|list|None=None, # classes of the mask to draw as well: 'mask' for all, a name or a list
                  classes:list|None=None, # names of the mask's classes; `fit` finds them in the data
                  encoder_steps:int=0, # batches of the encoder stage; 0 leaves it out
                  encoder_sees:str='all', # channels that the encoder looks at: 'all', or 'image' alone
