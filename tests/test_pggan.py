@@ -116,11 +116,11 @@ def test_the_paper_s_numbers():
     r = PGGAN.preset('paper', seg='vessel')
     last = r.growth.stages[-1]
     assert [s.size for s in r.growth.stages] == [4, 8, 16, 32, 64, 128, 256, 512]
-    assert all((s.steps, s.batch_size) == (40_000, 16) for s in r.growth.stages[:-1]) and r.growth.stages[1].fade == 20_000
+    assert all((s.steps, s.batch_size) == (40_000, 16) for s in r.growth.stages[:-1])
+    assert r.growth.stages[1].fade == 20_000
     assert (last.steps, last.fade, last.batch_size) == (40_000, 20_000, 8)
     assert r.config['latent_dim'] == 128 and r.config['encoder_steps'] == 20_000
-    widths = [c.weight.shape[3] for c in r.nets['G'].to_image]
-    assert widths == [128] * 6 + [64, 16] or [c.weight.shape[0] for c in r.nets['G'].to_image] or True
+    assert [len(c.bias) for c in r.nets['D'].from_image] == [128] * 6 + [64, 16]
 
 
 # --- the encoder ---
@@ -142,13 +142,13 @@ def test_latents_begin_again_where_they_stopped():
     two = [Latents(3, 4, seed=5) for _ in range(2)]
     for rank, p in enumerate(two):
         p.rank, p.world = rank, 2
-    assert torch.equal(next(two[1])['z'], second) and two[0].position == 0 or two[1].position == 6
+    assert torch.equal(next(two[1])['z'], second) and two[1].position == 6
 
 
 def test_the_encoder_beats_random(data):
-    "Even of a generator that was hardly trained: what it draws is found again, better than by chance; search is better yet"
+    "Even of a generator that was hardly trained: what it draws is found again; a search is better yet"
     r = tiny(latent_dim=4, fmap_max=16, fmap_base=64, batch_size=8, batches=1, lr=3e-3, encoder_steps=250)
-    before = r.fit(data, progress=False).nets['G'].state_dict()
+    r.fit(data, progress=False)
     made = r.sample(32, seed=9)
     z = r.encode(made['image'], made['mask'])
     error = lambda z: (r.decode(z)['image'] - made['image']).square().mean().item()
@@ -156,7 +156,6 @@ def test_the_encoder_beats_random(data):
     assert error(z) < 0.6 * error(on_sphere(r.noise(32, 77)))
     assert error(near) < error(z)
     torch.testing.assert_close(z.square().mean(1), torch.ones(32), atol=1e-3, rtol=0)
-    assert all(torch.equal(v, before[k]) for k, v in r.nets['G'].state_dict().items())
 
 
 def test_the_generator_stays_frozen_and_says_so(through):
@@ -348,7 +347,6 @@ def test_explorer_by_hand(through, data):
     eyes = ['left', 'right'] * 3 + ['left']
     e = Explorer(through.recipe, data, {'eye': eyes}, method='pca')
     assert list(e.sliders) == ['principal 1', 'principal 2', 'principal 3', 'principal 4', 'eye: right']
-    e.map.canvas._handle_frontend_event  # the canvas of ipycanvas
     before = e.image.value
     e.sliders['principal 1'].value = 3.0
     want = e.codes[0] + 3 * e.place.spread['principal 1'] * e.place.ways['principal 1']
@@ -367,4 +365,4 @@ def test_explorer_by_hand(through, data):
     assert e.frames.shape[0] == 16 and not e.step.disabled
     first = e.image.value
     e.step.value = 15
-    assert e.image.value != first or (e.frames[0] == e.frames[15]).all()
+    assert e.image.value != first

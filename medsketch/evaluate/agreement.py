@@ -6,7 +6,6 @@
 __all__ = ['ABLATION', 'vessel_agreement', 'segmentation_ablation', 'ablation_lines']
 
 # %% ../../nbs/07_evaluate/14_agreement.ipynb #cd725df9
-import numpy as np
 import torch
 
 from .continuity import continuity

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from ..data.batches import Batches
-from ..core import (PALETTE, atomic_write, check_size, default_device, from_uint8, keep_memory, to_uint8, torch_rng,
+from ..core import (PALETTE, atomic_write, check_size, default_device, from_uint8, keep_memory, to_uint8,
+                            torch_rng,
                             weights_name)
 from ..data import ImageData
 from .images import image_batches
@@ -332,9 +333,9 @@ def add_vessel_masks(
     overlap:int=8, # of neighbouring pieces, pixels
     threshold:float=.5, # above it a pixel counts as vessel
 ) -> ImageData: # with a mask: 0 background, 1 vessel
-    "Photographs with vessel maps. Raises `ValueError` if there are masks already, or the segmenter has no pieces"
+    "Photographs with vessel maps. Raises `ValueError` if there are masks, or the segmenter has no pieces"
     patch = segmenter.config['patch']
-    if data.masks is not None: raise ValueError("the data has masks already: take them away with with_planes(mask=None)")
+    if data.masks is not None: raise ValueError("the data has masks: take them away with with_planes(mask=None)")
     if not patch or not 0 <= overlap < patch: raise ValueError(f"pieces of {patch} cannot overlap by {overlap} pixels")
     prob = segmenter.predict(data, overlap=overlap / patch)[:, 1:].sum(1)
     vessels = ((prob > threshold) & field_of_view(data)).numpy().astype(np.uint8)

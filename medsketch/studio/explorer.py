@@ -6,8 +6,6 @@
 __all__ = ['LatentPlace', 'ways_of', 'MapCanvas', 'Explorer']
 
 # %% ../../nbs/08_studio/10_explorer.ipynb #b33f739b
-import base64
-
 import ipywidgets as widgets
 import numpy as np
 import torch
@@ -64,7 +62,7 @@ def ways_of(
     ways = {f'principal {i + 1}': row for i, row in enumerate(rows)}
     for column, values in (labels or {}).items():
         try: _labels(codes, values)
-        except ValueError: continue                                            # one label only, or numbers of many kinds
+        except ValueError: continue  # one label only, or numbers of many kinds
         found = directions(codes, values)
         kept = list(found)[1:] if len(found) == 2 else found                   # the other one is its opposite
         ways |= {f'{column}: {k}': found[k] for k in kept}
