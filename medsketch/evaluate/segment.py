@@ -56,8 +56,8 @@ def grey_channel(
     clip:float=2., tiles:int=8, gamma:float=1.2, # as for `vessel_channel`
 ) -> np.ndarray: # (N, 1, H, W) uint8
     "Grey values, brightened, with even contrast (Beers et al. 2018, Retinopathy of Prematurity Dataset)"
-    grey = [cv2.cvtColor(np.moveaxis(x, 0, -1), cv2.COLOR_RGB2GRAY) if len(x) == 3 else x[0] for x in images]
-    clahe = cv2.createCLAHE(clip, (tiles, tiles))
+    clahe, rgb = cv2.createCLAHE(clip, (tiles, tiles)), cv2.COLOR_RGB2GRAY
+    grey = [cv2.cvtColor(np.moveaxis(x, 0, -1), rgb) if len(x) == 3 else x[0] for x in images]
     table = ((np.arange(256) / 255) ** (1 / gamma) * 255).round().astype(np.uint8)
     return np.stack([clahe.apply(table[g]) for g in grey])[:, None]
 
@@ -338,8 +338,7 @@ def add_vessel_masks(
     if data.masks is not None: raise ValueError("the data has masks: take them away with with_planes(mask=None)")
     if not patch or not 0 <= overlap < patch: raise ValueError(f"pieces of {patch} cannot overlap by {overlap} pixels")
     prob = segmenter.predict(data, overlap=overlap / patch)[:, 1:].sum(1)
-    vessels = ((prob > threshold) & field_of_view(data)).numpy().astype(np.uint8)
-    out = data.with_planes(mask=vessels)
+    out = data.with_planes(mask=((prob > threshold) & field_of_view(data)).numpy().astype(np.uint8))
     out.classes, out.colours = ('background', 'vessel'), PALETTE[:2]
     return out
 

@@ -152,6 +152,9 @@ class _Acts:
         self.text.value = f'seed {seed}; nearest: {self.data.paths[int(which)]}, {float(angle):.0f} degrees away'
         self._reset()
 
+# %% ../../nbs/08_studio/10_explorer.ipynb #a3aa835e
+class _Walks:
+    "Anchors, and the way between them"
     def anchor(self,
                name:str, # 'A' or 'B'
               ):
@@ -170,30 +173,9 @@ class _Acts:
         if path: write_walk(path, self.frames)
         return self.frames
 
-# %% ../../nbs/08_studio/10_explorer.ipynb #9587c35a
-class Explorer(_Acts):
-    "Sliders, a map and a walk, on a trained recipe and real images"
-    def __init__(self,
-                 recipe, # with `decode`, `encode` and `noise`, such as `pggan` with an encoder
-                 data, # an `ImageData`: real images, with masks if the encoder looks at them
-                 labels=None, # {column: N labels}; the first colours the map
-                 method:str='tsne', # of `latent_map`
-                ):
-        self.recipe, self.data, self.codes = recipe, data, encode_set(recipe, data)
-        for name, v in (labels or {}).items():
-            if len(v) != len(data): raise ValueError(f"{name} has {len(v)} labels for {len(data)} images")
-        self.place, self.frames = LatentPlace(self.codes[0], *ways_of(self.codes, labels)), None
-        first = next(iter((labels or {}).values()), None)
-        self.map = MapCanvas(latent_map(self.codes, method), first, self.pick)
-        blank = np.full((32, 32, 3), 255, np.uint8)
-        self.image, self.real, self.text = _picture(blank, 512), _picture(blank, 128), widgets.Label('')
-        slider = lambda n: widgets.FloatSlider(0, min=-4, max=4, step=.1, description=n, continuous_update=False,
-                                               style=dict(description_width='130px'))
-        self.sliders = {n: slider(n) for n in self.place.ways}
-        for n, s in self.sliders.items(): s.observe(lambda change, n=n: self._slid(n, change['new']), 'value')
-        self._buttons()
-        self.pick(0)
-
+# %% ../../nbs/08_studio/10_explorer.ipynb #37e12b2f
+class _Controls:
+    "Sliders and buttons"
     def thumb(self, i):
         "A real image, as pixels"
         x = self.data.images[i][:3] if self.data.channels == 3 else self.data.images[i][:1].repeat(3, 0)
@@ -228,6 +210,30 @@ class Explorer(_Acts):
 
     def _at(self, change):
         if self.frames is not None: self.image.value = png_bytes(self.frames[change['new']])
+
+# %% ../../nbs/08_studio/10_explorer.ipynb #9587c35a
+class Explorer(_Acts, _Walks, _Controls):
+    "Sliders, a map and a walk, on a trained recipe and real images"
+    def __init__(self,
+                 recipe, # with `decode`, `encode` and `noise`, such as `pggan` with an encoder
+                 data, # an `ImageData`: real images, with masks if the encoder looks at them
+                 labels=None, # {column: N labels}; the first colours the map
+                 method:str='tsne', # of `latent_map`
+                ):
+        self.recipe, self.data, self.codes = recipe, data, encode_set(recipe, data)
+        for name, v in (labels or {}).items():
+            if len(v) != len(data): raise ValueError(f"{name} has {len(v)} labels for {len(data)} images")
+        self.place, self.frames = LatentPlace(self.codes[0], *ways_of(self.codes, labels)), None
+        first = next(iter((labels or {}).values()), None)
+        self.map = MapCanvas(latent_map(self.codes, method), first, self.pick)
+        blank = np.full((32, 32, 3), 255, np.uint8)
+        self.image, self.real, self.text = _picture(blank, 512), _picture(blank, 128), widgets.Label('')
+        slider = lambda n: widgets.FloatSlider(0, min=-4, max=4, step=.1, description=n, continuous_update=False,
+                                               style=dict(description_width='130px'))
+        self.sliders = {n: slider(n) for n in self.place.ways}
+        for n, s in self.sliders.items(): s.observe(lambda change, n=n: self._slid(n, change['new']), 'value')
+        self._buttons()
+        self.pick(0)
 
     @property
     def widget(self) -> widgets.Widget:
