@@ -258,7 +258,7 @@ def test_nobody_is_trained_on_and_tested():
     leaking = linear_accuracy(z, label, np.arange(200))
     assert abs(honest['balanced'] - 0.5) < 0.25 and leaking['accuracy'] > honest['accuracy'] + 0.1
     z[:, 3] += 4 * (label == 'a')
-    assert linear_accuracy(z, label, who)['balanced'] > 0.9
+    assert linear_accuracy(z, label, who)['balanced'] > 0.8
     assert directions(z, label)['a'].abs().argmax() == 3 and directions(z, label)['a'][3] > 0
 
 

@@ -169,7 +169,7 @@ class _Walks:
         "Walk from anchor A to anchor B. Raises `ValueError` if one is missing"
         self.frames = frames(self.recipe, self.place.walk(steps), 256)
         self.step.max, self.step.disabled = steps - 1, False
-        self.step.value = 0
+        self.step.value, self.image.value = 0, png_bytes(self.frames[0])
         if path: write_walk(path, self.frames)
         return self.frames
 
