@@ -9,6 +9,7 @@ import pytest
 import torch
 from faults import one_line, same_runs
 
+from medsketch.cli import main
 from medsketch.data import ImageData, phantom_data
 from medsketch.evaluate.agreement import segmentation_ablation, vessel_agreement
 from medsketch.evaluate.latent import (
@@ -197,6 +198,15 @@ def test_resumed_is_uninterrupted(through, data, tmp_path, stages, step):
     assert torch.equal(r.sample(3, seed=1)['mask'], through.recipe.sample(3, seed=1)['mask'])
     z = [x.encode(data) for x in (r, through.recipe)]
     assert torch.equal(*z)
+
+
+def test_minutes_leave_the_encoder_that_was_asked_for(tmp_path):
+    "The schedule of a budget has no encoder; who names its steps gets it on top"
+    line = 'train pggan --data phantoms:fundus:8 --scale tour --size 16 --minutes 0.01 --set encoder_steps=3'
+    with pytest.raises(SystemExit) as e:
+        main(f'{line} --set latent_dim=8 --set fmap_base=32 --set fmap_max=8 --out {tmp_path}/run'.split())
+    assert e.value.code == 0
+    assert json.loads((tmp_path / 'run/config.json').read_text())['config']['encoder_steps'] == 3
 
 
 # --- bad input ---
