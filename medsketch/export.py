@@ -328,6 +328,7 @@ def _datasheet_name(plan):
 def _mask_names(given, config, train):
     "Names of the classes a recipe draws: those given, or those of the training images if it draws as many"
     drawn, named = config.get('classes'), getattr(train, 'classes', None)
+    if isinstance(drawn, (list, tuple)): return tuple(given or drawn)
     if given or (named and drawn in (None, len(named))): return tuple(given or named)
     return ('background', 'foreground') if drawn == 2 else None
 

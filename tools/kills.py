@@ -42,6 +42,7 @@ SMALL = {
     "blocks": 1,
     "fade_maps": 4,
 }
+OWN = {"pggan": {"seg": "vessel", "encoder_steps": 12}}  # beyond what `steps_each` asks for
 STEPS = 30
 
 
@@ -53,7 +54,7 @@ def recipe(name):
     known = inspect.signature(cls).parameters
     size = 32 if name == "pgsgan" else 16
     settings = {k: v for k, v in (SMALL | {"size": size}).items() if k in known}
-    return cls(**settings | cls.steps_each(STEPS, size))
+    return cls(**settings | cls.steps_each(STEPS, size) | OWN.get(name, {}))
 
 
 def train(name, out):

@@ -33,6 +33,7 @@ class Job:
     stages:list=None # names of the stages to train now; all if not given
     minutes:float=None # budget, instead of steps
     fresh:bool=True # is there no run yet?
+    told:dict=field(default_factory=dict) # arguments of the recipe that were given
 
     def __getitem__(self, name): return self.options.get(name, DEFAULTS.get(name))
 
@@ -69,7 +70,7 @@ def started(
     data = str(asked['data'])
     if data.strip() and not data.startswith('phantoms:'): data = str(Path(data).expanduser().resolve())
     return Job(cls, settings, data, Path(need_text('--out', asked['out'])).expanduser(), options, asked.get('stages'),
-               asked.get('minutes'))
+               asked.get('minutes'), told=told)
 
 # %% ../../nbs/11_cli/05_train.ipynb #50dd5ff1
 def _settings(cls, asked, told, options):
@@ -206,7 +207,8 @@ def carry_out(job:Job, resume:bool):
     say('\n'.join(map(shown, understood(ds, masks=uses_masks(job) is None))))
     if job.minutes:
         n = steps_for(job.minutes, job.cls, settings, ds, stages=job.stages, mixed_precision=job['precision'])
-        settings |= with_int_keys(job.cls.steps_each(n, settings['size']))
+        schedule = with_int_keys(job.cls.steps_each(n, settings['size']))
+        settings |= {k: v for k, v in schedule.items() if v or k not in job.told} # a stage asked for is not dropped
     r = job.cls(**settings)
     say(f'{r.name} learns {ds.channels} channels of {ds.size} px on {default_device()}')
     callbacks = [*scoring(job, r, ds), *([Forecast(r.fade)] if acc.is_main_process else [])]
@@ -220,7 +222,8 @@ def carry_out(job:Job, resume:bool):
 def uses_masks(job):
     "None: masks are read if there are any; False where nothing is learned from them"
     if not job.fresh: return job.options.get('masks')
-    return None if job.settings.get('variants') or job.cls.masks else False
+    learns = job.cls.masks or job.settings.get('variants') or job.settings.get('seg')
+    return None if learns else False
 
 # %% ../../nbs/11_cli/05_train.ipynb #a75d52cc
 def train(recipe:str=typer.Argument(None, help="a name of the list above; with --resume, the folder of the run"),

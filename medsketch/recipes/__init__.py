@@ -1,7 +1,8 @@
 """The published systems; importing this package fills `RECIPES`."""
 from medsketch.recipes.base import RECIPES, Recipe, load_recipe, recipe_class
-from medsketch.recipes.baselines import ACGAN, DCGAN, PGGAN, WGAN, WGANGP
+from medsketch.recipes.baselines import ACGAN, DCGAN, WGAN, WGANGP
 from medsketch.recipes.dualgan import DualGAN
+from medsketch.recipes.pggan import PGGAN
 from medsketch.recipes.pgsgan import PGSgan
 from medsketch.recipes.skrgan import SkrGAN
 from medsketch.recipes.stylegan2 import StyleGAN2

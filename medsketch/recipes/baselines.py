@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Variant', 'GANDrawing', 'GAN', 'DCGAN', 'folder_classes', 'pseudo_classes', 'ACGANClasses', 'ACGAN', 'Clip', 'WGAN',
-           'WGANGP', 'Growing', 'PGGAN']
+           'WGANGP']
 
 # %% ../../nbs/06_recipes/02_baselines.ipynb #d1a425b8
 import hashlib
@@ -18,11 +18,9 @@ import torch.nn.functional as F
 from ..core import torch_rng
 from ..data import ImageData
 from ..models.dcgan import DCDiscriminator, DCGenerator
-from ..models.pggan import PGDiscriminator, PGGenerator
 from ..train.adversarial import Adversarial, augmenter
-from .base import Recipe, half_at_last, with_int_keys
-from ..train.growth import grow_reals
-from ..train.losses import gradient_penalty, logistic_d, logistic_g, wgan_d, wgan_drift, wgan_g
+from .base import Recipe, with_int_keys
+from ..train.losses import gradient_penalty, logistic_d, logistic_g, wgan_d, wgan_g
 from ..train.stages import Stage
 from ..train.trainer import Callback
 
@@ -282,61 +280,3 @@ class WGANGP(GAN):
     def loss_d(self, D, real, fake, batch):
         "Algorithm 1, line 7"
         return dict(w=wgan_d(D(real), D(fake)), gp=self.config['lam'] * gradient_penalty(D, real, fake))
-
-# %% ../../nbs/06_recipes/02_baselines.ipynb #26b981ba
-class Growing:
-    "What growing changes"
-    @property
-    def steps(self): return self.fade.growth.steps
-
-    @staticmethod
-    def steps_each(steps:int, size:int) -> dict:
-        "Arguments that make it train for so many batches, half of them or a few more at the last resolution"
-        return dict(batches=half_at_last(steps, size))
-
-    def callbacks(self): return [self.fade]
-    def columns(self): return self.fade.columns()
-    def generate(self, G, noise, batch): return G(noise, self.fade.size, self.fade.of('G'))
-    def judge(self, D, x): return D(x, self.fade.of('D'))
-    def real(self, batch): return grow_reals(batch['image'], self.fade.size, self.fade.of('D'))
-
-    def optimiser(self, params):
-        "Adam without momentum (appendix A.1)"
-        return torch.optim.Adam(list(params), self.config['lr'], betas=(0., .99), fused=True)
-
-    def loss_g(self, D, real, fake, batch):
-        return wgan_g(D(fake))
-
-    def loss_d(self, D, real, fake, batch):
-        r = D(real)
-        return dict(w=wgan_d(r, D(fake)), gp=self.config['lam'] * gradient_penalty(D, real, fake), drift=wgan_drift(r))
-
-# %% ../../nbs/06_recipes/02_baselines.ipynb #6656c656
-class PGGAN(Growing, GAN):
-    "Progressively growing GAN on images (Karras et al. 2018)"
-    name = 'pggan'
-    presets = dict(tour=dict(size=32, latent_dim=32, fmap_base=256, fmap_max=32, lr=2e-3, batch_size=16,
-                             batches={4: 40, 8: 80, 16: 140, 32: 140}),
-                   cpu=dict(size=128, latent_dim=128, fmap_base=1024, fmap_max=96, lr=2e-3, batches=2000),
-                   gpu=dict(size=256, fmap_base=4096, batches=4000),
-                   paper=dict(size=512, batches=75_000))
-
-    def __init__(self, size=256, channels=3, # as for `DCGAN`
-                 latent_dim:int=512, # length of the noise
-                 fmap_base:int=8192, # widths, see `widths`
-                 fmap_max:int=512, # widths, see `widths`
-                 widths:dict|None=None, # {resolution: feature maps}, instead of the two before
-                 start:int=4, # first resolution
-                 lam:float=10., # weight of the gradient penalty (λ)
-                 lr:float=1e-3, # learning rate of both networks
-                 batches:int|dict=4000, # per resolution: one number, or {resolution: number}
-                 batch_size:int|dict=16, # images per batch, one number or {resolution: number}
-                 loss:str='wgan', # the paper's, or 'relativistic' against mode collapse
-                 r1=None, diffaugment=None, ada=None, augment='none', seed=0, # as for `DCGAN`
-                ): super().__init__(**_arguments(locals()))
-
-    def networks(self):
-        c = self.config
-        width = c['fmap_base'], c['fmap_max']
-        return dict(G=PGGenerator(c['size'], c['channels'], c['latent_dim'], *width, c['widths']),
-                    D=PGDiscriminator(c['size'], c['channels'], *width, fmaps=c['widths']))
