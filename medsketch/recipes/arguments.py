@@ -32,7 +32,7 @@ BOUNDS = dict( # argument: (least, most), both allowed
     mask_steps=(1, MOST), base_steps=(1, MOST), grow_steps=(1, MOST), full_steps=(1, MOST), blocks=(0, 100),
     fade_maps=(1, 4096), alpha_most=(0, 1), batch_size=(1, 65_536), critic=(1, 1000), pseudo=(1, 1000),
     seed=(-2**63, 2**64 - 1))
-POSITIVE = dict(lr=1, lr_sketch=1, lr_g=1, lr_d=1, clip=100) # argument: most; above 0
+POSITIVE = dict(lr=1, lr_sketch=1, lr_encoder=1, lr_latent=1, lr_g=1, lr_d=1, clip=100) # argument: most; above 0
 TABLES = ('batches', 'batch_size', 'widths') # {resolution: number} or one number
 UNTYPED = dict(diffaugment=str | None, ada=float | None, renderer=dict | str | None) # for signatures that do not say it
 

@@ -116,7 +116,8 @@ class SynthStages:
         return solo_loss(nets.S(batch['image']), [(m.to(batch['image'].device), k) for m, k in objects])
 
     def segment_stage(self, data, steps):
-        opt = self.adam('S', lr=self.config['lr'], betas=(.9, .999))
+        c = self.config
+        opt = self.adam('S', lr=c.get('lr_sketch', c['lr']), betas=(.9, .999))
         keys = ('image', 'mask', *(k for k in ('instances',) if k in data.planes))
         return Stage('segment', ('S',), [Phase('S', self.segment_loss, opt)], steps,
                      lambda: self.stream(data, self.config['seed'], keys=keys), average=('S',),
