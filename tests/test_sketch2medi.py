@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from faults import same_runs
 
 from medsketch.data import ImageData
 from medsketch.models.hyper import bent_synthesis, layers_of, shape_of
@@ -77,7 +76,7 @@ def test_it_renders_every_step_and_is_read_back(trained, data):
     assert torch.equal(r.render(sketch), steps[-1])
     assert torch.equal(load_recipe(out).render(sketch), steps[-1])
     assert torch.equal(r.render(sketch[0, 0].numpy()), r.render(sketch[:1]))
-    assert set(r.sample(2)) == {'image', 'sketch'} and 0 <= r.agreement(steps[0], steps[0]) or True
+    assert set(r.sample(2)) == {'image', 'sketch'}
     with pytest.raises(ValueError, match='renders 16'):
         r.render(torch.zeros(8, 8))
 
@@ -89,7 +88,8 @@ def test_what_is_frozen_stays_and_what_learns_moves(data):
     learns = {'segment': {'S'}, 'gan': {'G', 'D'}, 'moco': {'C', 'K'}, 'encoder': {'E', 'D_W'}, 'refine': {'H'}}
     for stage in r.stages(data, data):
         train(r, data, stages=[stage.name])
-        moved = {k for k, net in r.nets.items() if any(not torch.equal(t, before[k][n]) for n, t in net.state_dict().items())}
+        same = lambda k, before=before: all(torch.equal(t, before[k][n]) for n, t in r.nets[k].state_dict().items())
+        moved = {k for k in r.nets if not same(k)}
         assert moved == learns[stage.name], stage.name
         before = {k: {n: t.clone() for n, t in net.state_dict().items()} for k, net in r.nets.items()}
 
@@ -140,30 +140,3 @@ def test_it_says_what_is_missing(data):
         )
     with pytest.raises(ValueError, match="'w' or 'w\\+'"):
         make(space='z')
-
-
-def test_segmentation_resumes_bit_for_bit(data, tmp_path):
-    new = lambda steps: SketchSynth(**{k: TINY[k] for k in ('size', 'resnet', 'net_width', 'convs')}, batch_size=2, steps=steps)
-    new(4).fit(data, tmp_path / 'a', every=2, progress=False)
-
-    class Stop(Exception):
-        pass
-
-    class Stopper:
-        scores = ()
-
-        def __getattr__(self, name):
-            def f(trainer, *a):
-                if name == 'after_step' and trainer.step >= 3:
-                    raise Stop
-
-            if name in ('state_dict',):
-                return dict
-            return f
-
-    with pytest.raises(Stop):
-        new(4).fit(data, tmp_path / 'b', every=2, progress=False, callbacks=[Stopper()])
-    new(4).fit(data, tmp_path / 'b', every=2, progress=False)
-    a, b = (load_recipe(tmp_path / k).nets['S'].state_dict() for k in 'ab')
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert same_runs is not None

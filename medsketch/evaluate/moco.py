@@ -19,7 +19,7 @@ from ..data.batches import Batches
 from ..core import atomic_write, seed_everything, weights_name
 from ..data import ImageData
 from .features import Extractor, inception, thumbnails
-from ..train.contrast import Follow, KeyEncoder, MocoEncoder, MocoLoss, Views, info_nce  # noqa: F401
+from ..train.contrast import Follow, KeyEncoder, MocoEncoder, MocoLoss, Views, info_nce
 from ..train.stages import train_stage
 from ..train.trainer import Phase
 
