@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import sample_grid
 from ..data import ImageData
 from ..models.encoder import LatentDiscriminator, SketchEncoder
 from ..models.hyper import HyperNetwork, bent_synthesis
