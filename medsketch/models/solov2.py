@@ -65,7 +65,7 @@ class GridHead(nn.Module):
         self.say, self.cut = _convs(dim, wide, depth), _convs(dim + 2, wide, depth)
         self.score = nn.Conv2d(wide, classes, 3, padding=1)
         self.filter = nn.Conv2d(wide, filter_dim, 3, padding=1)
-        nn.init.constant_(self.score.bias, -math.log(99)) # at first every cell says 1 %, or 1,000 empty cells drown the few
+        nn.init.constant_(self.score.bias, -math.log(99)) # at first every cell says 1 %: nearly all are empty
         for m in (self.score, self.filter): nn.init.normal_(m.weight, std=.01)
 
     def forward(self,

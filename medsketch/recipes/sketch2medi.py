@@ -18,7 +18,7 @@ from ..data import ImageData
 from ..models.encoder import LatentDiscriminator, SketchEncoder
 from ..models.hyper import HyperNetwork, bent_synthesis
 from ..models.resnet import stages_of
-from .base import Recipe, as_data
+from .base import Recipe, as_data, sized
 from .sketch_synth import SynthData, SynthDrawing, SynthStages, annotated, objects_dice
 from .stylegan2 import StyleGAN2
 from ..train.contrast import KeyEncoder, MocoEncoder, MocoLoss, Views
@@ -125,8 +125,9 @@ class Sketch2MedIData(SynthData):
     def prepare(self, data, more=None):
         c = self.config
         data = as_data(data, c['size'], c['channels'], None) if more is not None else self._own(data)
-        more = annotated(data if more is None else more, c['size'], c['channels']) if self._segments(data, more) else None
-        if more is not None: self.know(more)
+        if self._segments(data, more):
+            more = annotated(data if more is None else more, c['size'], c['channels'])
+            self.know(more)
         if c['lpips'] and c['encoder_steps']:
             warnings.warn("no LPIPS weights are packaged: the perceptual term compares features of C", stacklevel=3)
         return data, more, {}
@@ -134,7 +135,7 @@ class Sketch2MedIData(SynthData):
     def _own(self, data):
         "The data with its masks or sketches. Raises `ValueError` if it does not fit"
         from_disk = not isinstance(data, ImageData)
-        return annotated(data, self.config['size'], self.config['channels']) if from_disk else data
+        return (annotated if from_disk else sized)(data, self.config['size'], self.config['channels'])
 
     def _segments(self, data, more):
         "Is there anything for S to learn from?"
@@ -180,7 +181,8 @@ class Sketch2MedIStages(SynthStages):
     def encoder_stage(self, data, steps):
         c = self.config
         losses = EncoderLosses(self.similarity(), c['latent_dim'], c['adv'], c['r1'])
-        phases = losses.phases(self.adam('E', lr=c['lr_encoder'], betas=(.9, .999)), self.adam('D_W', lr=c['lr_latent']))
+        opt_e, opt_d = self.adam('E', lr=c['lr_encoder'], betas=(.9, .999)), self.adam('D_W', lr=c['lr_latent'])
+        phases = losses.phases(opt_e, opt_d)
         return Stage('encoder', ('E', 'D_W'), phases, steps, lambda: self._pairs_stream(data, 2), ('G', 'C'), ('E',))
 
     def refine_stage(self, data, steps):
@@ -245,8 +247,8 @@ class Sketch2MedI(Sketch2MedIData, Sketch2MedIStages, Sketch2MedIDrawing, Recipe
     name = 'sketch2medi'
     inference, pairs, least, masks = ('S', 'G', 'E', 'H'), 5, 16, True
     presets = dict(
-        tour=SMALL | dict(lr_sketch=2e-3, lr_encoder=1e-3, lr_latent=1e-4, segment_steps=30, gan_steps=60, moco_steps=10,
-                          encoder_steps=30, refine_steps=10),
+        tour=SMALL | dict(lr_sketch=2e-3, lr_encoder=1e-3, lr_latent=1e-4, segment_steps=30, gan_steps=60,
+                          moco_steps=10, encoder_steps=30, refine_steps=10),
         cpu=SMALL | dict(size=64, w_dim=64, latent_dim=64, fmap_max=64, convs=2, rank=32, lr=3e-3, lr_sketch=1e-3,
                          lr_encoder=5e-4, segment_steps=1500, gan_steps=12_000, moco_steps=1500, encoder_steps=6000,
                          refine_steps=2000),

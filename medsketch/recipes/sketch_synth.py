@@ -97,7 +97,8 @@ def annotated(
     if not any(data.masks[i].any() for i in range(len(data))):
         raise ValueError("all masks of the data are empty: there is nothing to learn from them")
     planes = {k: data.planes[k] for k in ('instances',) if k in data.planes}
-    return ImageData(data.images, data.masks, None, data.paths, data.subjects, data.classes, data.colours, planes=planes)
+    return ImageData(data.images, data.masks, None, data.paths, data.subjects, data.classes, data.colours,
+                     planes=planes)
 
 # %% ../../nbs/06_recipes/08_sketch_synth.ipynb #88c43c94
 class SynthStages:
