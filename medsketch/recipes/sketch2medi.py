@@ -84,6 +84,7 @@ class EncoderLosses:
         return [Phase('E', self.e, opt_e), Phase('D_W', self.d, opt_d),
                 Phase('R1', self.penalty, opt_d, every=self.every)]
 
+# %% ../../nbs/06_recipes/10_sketch2medi.ipynb #e2809875
 def refine(
     nets, # with G, E and H
     sketch:torch.Tensor, # (N, 1, H, W) in [0, 1]
@@ -142,7 +143,7 @@ class Sketch2MedIData(SynthData):
         if more is not None: return True
         return self.config['segment_steps'] > 0 and isinstance(data, ImageData) and data.masks is not None
 
-    def pairs(self, data):
+    def paired(self, data):
         "Images with sketches: their own, or those that S draws"
         if 'sketch' not in data.planes: self.need('S')
         data = data if 'sketch' in data.planes else self.sketch_all(data)
@@ -191,7 +192,7 @@ class Sketch2MedIStages(SynthStages):
         return Stage('refine', ('H',), phases, steps, lambda: self._pairs_stream(data, 3), ('G', 'C', 'E'), ('H',))
 
     def _pairs_stream(self, data, k):
-        return self.stream(self.pairs(data), self.config['seed'] + k, keys=('image', 'sketch'))
+        return self.stream(self.paired(data), self.config['seed'] + k, keys=('image', 'sketch'))
 
 # %% ../../nbs/06_recipes/10_sketch2medi.ipynb #fbde8822
 class Sketch2MedIDrawing(SynthDrawing):
