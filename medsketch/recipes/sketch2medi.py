@@ -248,8 +248,8 @@ class Sketch2MedI(Sketch2MedIData, Sketch2MedIStages, Sketch2MedIDrawing, Recipe
     name = 'sketch2medi'
     inference, pairs, least, masks = ('S', 'G', 'E', 'H'), 5, 16, True
     presets = dict(
-        tour=SMALL | dict(lr_sketch=2e-3, lr_encoder=1e-3, lr_latent=1e-4, segment_steps=30, gan_steps=60,
-                          moco_steps=10, encoder_steps=30, refine_steps=10),
+        tour=SMALL | dict(lr_sketch=2e-3, lr_encoder=1e-3, lr_latent=1e-4, segment_steps=30, gan_steps=30,
+                          moco_steps=5, encoder_steps=20, refine_steps=5),
         cpu=SMALL | dict(size=64, w_dim=64, latent_dim=64, fmap_max=64, convs=2, rank=32, lr=3e-3, lr_sketch=1e-3,
                          lr_encoder=5e-4, segment_steps=1500, gan_steps=12_000, moco_steps=1500, encoder_steps=6000,
                          refine_steps=2000),
