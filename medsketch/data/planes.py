@@ -307,12 +307,16 @@ def phantom_data(
     "Phantoms as a set, each a subject of its own"
     if kind not in PHANTOMS: raise ValueError(f"unknown phantom {kind!r}; there are {', '.join(PHANTOMS)}")
     spec, size = PHANTOMS[kind], check_size(size)
-    images, masks = np.empty((n, spec.channels, size, size), np.uint8), np.empty((n, size, size), np.uint8)
+    images = np.empty((n, spec.channels, size, size), np.uint8)
+    masks, ids = np.empty((n, size, size), np.uint8), np.empty((n, size, size), np.uint8)
     for i in range(n):
         p = phantom(kind, size, seed * 1_000_003 + i)
         images[i], masks[i] = np.moveaxis(to_uint8(p['image']), -1, 0), p['mask'].numpy()
+        if spec.objects: ids[i] = p['instances'].numpy()
     names = [f'{kind} {seed}-{i}' for i in range(n)]
-    return ImageData(images, masks, paths=names, subjects=names, classes=spec.classes, colours=spec.colours)
+    planes = dict(instances=ids) if spec.objects else {}
+    return ImageData(images, masks, paths=names, subjects=names, classes=spec.classes, colours=spec.colours,
+                     planes=planes)
 
 # %% ../../nbs/02_data/07_planes.ipynb #4e3d0555
 def _deal(ds, fractions, seed):

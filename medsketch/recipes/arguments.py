@@ -24,13 +24,16 @@ BOUNDS = dict( # argument: (least, most), both allowed
     fmap_base=(1, 2**20), fmap_max=(1, 65_536), widths=(1, 65_536), ngf=(1, 4096), ngf_max=(1, 65_536),
     ndf=(1, 4096), depth=(1, 10), receptive_field=(1, 1024), lam=(0, 1e6), path_length=(0, 1e6), mixing=(0, 1),
     consistency=(0, 1e6), strokes=(0, 1000), matching=(0, 1e6), field=(.05, .71), r1=(0, 1e6), r1_every=(1, 10_000),
-    ada=(0, 1), soft=(0, 100), speck=(0, 2**20),
+    ada=(0, 1), soft=(0, 100), speck=(0, 2**20), resnet=(18, 101), net_width=(.01, 4), convs=(1, 8),
+    confidence=(0, 1), refine=(0, 10), rank=(1, 4096), l2=(0, 1e6), lpips=(0, 1e6), cos=(0, 1e6), adv=(0, 1e6),
+    segment_steps=(0, MOST), gan_steps=(0, MOST), moco_steps=(0, MOST), encoder_steps=(0, MOST),
+    refine_steps=(0, MOST), cycle=(0, 1e6), cam=(0, 1e6), kl=(0, 1e6),
     batches=(1, MOST), steps=(1, MOST), sketch_steps=(0, MOST), render_steps=(0, MOST), joint_steps=(0, MOST),
     mask_steps=(1, MOST), base_steps=(1, MOST), grow_steps=(1, MOST), full_steps=(1, MOST), blocks=(0, 100),
-    encoder_steps=(0, MOST), seg=(1, 255),
+    seg=(1, 255),
     fade_maps=(1, 4096), alpha_most=(0, 1), batch_size=(1, 65_536), critic=(1, 1000), pseudo=(1, 1000),
     seed=(-2**63, 2**64 - 1))
-POSITIVE = dict(lr=1, lr_sketch=1, lr_g=1, lr_d=1, clip=100) # argument: most; above 0
+POSITIVE = dict(lr=1, lr_sketch=1, lr_encoder=1, lr_latent=1, lr_g=1, lr_d=1, clip=100) # argument: most; above 0
 TABLES = ('batches', 'batch_size', 'widths') # {resolution: number} or one number
 UNTYPED = dict(diffaugment=str | None, ada=float | None, renderer=dict | str | None) # for signatures that do not say it
 
