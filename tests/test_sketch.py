@@ -40,6 +40,7 @@ REAL = {
     'ultrasound': 'ultrasound/busi',
     'foetal_head': 'ultrasound/busi',
     'generic': 'endoscopy/kvasir_seg',
+    'pharynx': 'endoscopy/kvasir_seg',
 }
 needs_data = pytest.mark.skipif(
     not CHASE.exists(), reason=f"no real images at {DATA} (MEDSKETCH_DATA names another place)"

@@ -54,6 +54,8 @@ STYLES = {
                               opening=9, support=.12, field=.03, rim=8.),
     'foetal_head': SketchStyle(fine=1.5, smooth=1.2, local=8., balance=.5, side='bright', threshold=1., margin=.02,
                                opening=7, field=.03, rim=8.),
+    'pharynx': SketchStyle(channels=(1., 0., 0.), fine=2.2, smooth=1.8, local=7., balance=.6, side='dark',
+                           threshold=.95, opening=9),
 }
 
 # %% ../../nbs/03_sketch/00_edges.ipynb #c27c7d5f
