@@ -111,6 +111,7 @@ def opened(request, browser):
     "The studio in both apps, opened once"
     name = request.param
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    context.set_default_navigation_timeout(120_000)  # a kernel starts meanwhile, slowly on a busy machine
     page = context.new_page()
     if name == "voila":
         page.goto(request.getfixturevalue("voila")[0])

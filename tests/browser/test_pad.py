@@ -10,6 +10,7 @@ from medsketch.studio.strokes import Drawing
 @pytest.fixture(scope="module")
 def pad(browser, lab):
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_navigation_timeout(120_000)  # a kernel starts meanwhile, slowly on a busy machine
     page = context.new_page()
     run_notebook(page, lab("pad.ipynb"))
     p = Studio(page, "pad")

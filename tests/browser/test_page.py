@@ -210,6 +210,7 @@ def test_a_stopped_server_is_announced_and_the_drawing_comes_back(browser, tmp_p
     port, own = str(free_port("127.0.0.1", 0)), {"JUPYTER_RUNTIME_DIR": tmp_path / "runtime"}
     command = medsketch("studio", "--port", port, "--no-browser")
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_navigation_timeout(120_000)  # a kernel starts meanwhile, slowly on a busy machine
     page = context.new_page()
     with server(command, tmp_path, tmp_path / "one.txt", signal.SIGINT, **own) as p:
         page.goto(read_url(p, tmp_path / "one.txt"))

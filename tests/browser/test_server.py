@@ -33,6 +33,7 @@ def kernels(process):
 @pytest.fixture
 def page(browser):
     context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_navigation_timeout(120_000)  # a kernel starts meanwhile, slowly on a busy machine
     yield context.new_page()
     context.close()
 
