@@ -287,8 +287,6 @@ class PGSgan(PGSganData, PGSganGrowth, PGSganStages, PGSganRendering, PGSganSamp
                  seed:int=0, # of weights and batches
                 ):
         super().__init__(**{k: v for k, v in locals().items() if k not in ('self', '__class__')})
-        if classes is not None and classes < 2:
-            raise ValueError(f"classes={classes}: at least 2 are needed, the background is one")
         self.grow()
         self.build()
         self.check_field()

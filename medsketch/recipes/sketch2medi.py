@@ -301,8 +301,6 @@ class Sketch2MedI(Sketch2MedIData, Sketch2MedIStages, Sketch2MedIDrawing, Recipe
                  seed:int=0, # of weights, batches and noise
                 ):
         super().__init__(**{k: v for k, v in locals().items() if k not in ('self', '__class__')})
-        if classes is not None and classes < 2:
-            raise ValueError(f"classes={classes}: at least 2 are needed, the background is one")
         self.build()
 
     @staticmethod

@@ -207,8 +207,6 @@ class SketchSynth(SynthData, SynthStages, SynthDrawing, Recipe):
                  seed:int=0, # of weights and batches
                 ):
         super().__init__(**{k: v for k, v in locals().items() if k not in ('self', '__class__')})
-        if classes is not None and classes < 2:
-            raise ValueError(f"classes={classes}: at least 2 are needed, the background is one")
         self.build()
 
     @staticmethod
