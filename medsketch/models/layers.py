@@ -105,7 +105,8 @@ class _Box(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, border):
         ctx.border = border
-        return F.avg_pool2d(x, 2, 1, int(border))
+        if x.device.type != 'cpu' or x.dtype != torch.float32: return F.avg_pool2d(x, 2, 1, int(border))
+        return F.conv2d(x, x.new_full((x.shape[1], 1, 2, 2), .25), padding=int(border), groups=x.shape[1])
 
     @staticmethod
     def backward(ctx, grad): return _Box.apply(grad, not ctx.border), None
