@@ -150,8 +150,9 @@ class SkrGANParts:
         "The render stage's batches; with `variants` of all sketch variants, drawn as people draw"
         seed = self.config['seed'] + 1
         if not self.config['variants']: return self.stream(data, seed)
-        move = partial(jitter, displace=0, omit=0) if self.config['aligned'] else jitter
-        return self.stream(add_variants(data, self.config['style']), seed, move)
+        if not self.config['aligned']: return self.stream(add_variants(data, self.config['style']), seed, jitter)
+        drawn = add_variants(data, self.config['style'], without=('canny',))  # two walls of a vessel, not the vessel
+        return self.stream(drawn, seed, partial(jitter, displace=0, omit=0))
 
     def feed(self, data):
         "Forward passes of the renderer, which settle its batch norm"
@@ -256,7 +257,7 @@ class SkrGAN(SkrGANScales, SkrGANStages, SkrGANParts, SkrGANDrawing, Recipe):
                  augment:str='none', # 'mirror' where left and right are alike; what moves real images only leaks
                  style:str='generic', # sketch style, for data that comes without sketches
                  variants:bool=False, # render stage: many sketch variants of each image, so that people can draw
-                 aligned:bool=False, # of variants only their width is changed: every stroke stays on its edge
+                 aligned:bool=False, # of variants only their width is changed, and Canny's are left out: strokes stay on vessels
                  consistency:float=0., # render stage: weight of the change an edit makes where nothing was edited
                  strokes:float=0., # render stage: L1 counts so many times more near a stroke
                  matching:float=0., # render stage: weight of feature matching in D_P; about 10 for sharper images

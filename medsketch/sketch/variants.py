@@ -65,12 +65,13 @@ def sketch_variants(
 def add_variants(
     ds, # an `ImageData`
     style='generic', # a name out of `STYLES`, or a `SketchStyle`
+    without=(), # names out of `VARIANTS` that are not wanted
 ): # an `ImageData` in which each image appears once per variant, every time with another sketch
     "A data set of all the sketch variants of another. Raises `ValueError` for an unknown style"
     rows, drawn = [], []
     for i in range(len(ds)):
-        image = pixels_of(ds, i)
-        for s in sketch_variants(image, None if ds.masks is None else ds.masks[i], style).values():
+        found = sketch_variants(pixels_of(ds, i), None if ds.masks is None else ds.masks[i], style)
+        for s in (s for name, s in found.items() if name not in without):
             rows.append(i), drawn.append(np.round(s * 255).astype(np.uint8))
     return ds.subset(rows).with_sketches(np.stack(drawn))
 
