@@ -200,6 +200,37 @@ def test_padding_is_black_and_takes_no_part(tmp_path, kind, value, photometric):
     assert not got[~DISC].any() and np.ptp(got[DISC]) > 240 and np.abs(got[DISC].astype(int) - plain[DISC]).mean() < 6
 
 
+@pytest.mark.parametrize('tags', [{}, {'RescaleIntercept': 0}])
+@pytest.mark.parametrize('slope', [0, -0.0])
+def test_a_slope_of_nothing_is_said(tmp_path, slope, tags):
+    "All pixels would be the same; a blank frame, as PET scanners write it, is blank"
+    dicom(tmp_path / 'a.dcm', SLICES[0], RescaleSlope=slope, **tags)
+    with pytest.raises(ValueError, match='make all pixels the same'):
+        read_dicom(tmp_path / 'a.dcm')
+    blank = dicom(tmp_path / 'b.dcm', np.zeros((32, 32), '<u2'), RescaleSlope=slope, RescaleIntercept=0)
+    assert not read_dicom(blank)[0].any()
+
+
+def test_half_a_rescaling(tmp_path):
+    "An intercept without a slope counts, so that a window in Hounsfield units fits; empty tags say nothing"
+    a = np.tile(np.arange(32, dtype='<u2') * 64, (32, 1))
+    window = {'WindowCenter': 0, 'WindowWidth': 2000}
+    whole = read_dicom(dicom(tmp_path / 'a.dcm', a, RescaleSlope=1, RescaleIntercept=-1024, **window))[0]
+    half = read_dicom(dicom(tmp_path / 'b.dcm', a, RescaleIntercept=-1024, **window))[0]
+    empty = read_dicom(dicom(tmp_path / 'c.dcm', a, RescaleSlope=None, RescaleIntercept=-1024, **window))[0]
+    assert (half == whole).all() and (empty == whole).all() and len(np.unique(whole)) > 20
+
+
+def test_float_pixels(tmp_path):
+    a = np.tile(np.linspace(0, 0.5, 32, dtype='<f4'), (32, 1))
+    ds = pydicom.dcmread(dicom(tmp_path / 'a.dcm', np.zeros((32, 32), '<u2')))
+    del ds.PixelData
+    ds.FloatPixelData, ds.BitsAllocated = np.where(a > 0.4, np.nan, a).astype('<f4').tobytes(), 32
+    ds.save_as(tmp_path / 'a.dcm')
+    (got,) = read_dicom(tmp_path / 'a.dcm')
+    assert (got[a > 0.4] == 0).all() and got.max() == 255 and len(np.unique(got)) > 20
+
+
 def test_a_padding_range(tmp_path):
     a = np.where(DISC, NOISE, 5000 + NOISE.astype(int)).astype('<u2')
     (got,) = read_dicom(dicom(tmp_path / 'a.dcm', a, PixelPaddingValue=5300, PixelPaddingRangeLimit=5000))

@@ -28,6 +28,7 @@ from ..core import (PALETTE, atomic_write, check_size, default_device, from_uint
 from ..data import ImageData
 from .images import image_batches
 from .paired import SEGMENTATION_SCORES, segmentation_scores
+from ..models.factory import without_memory
 from ..train.stages import open_run, train_stage
 from ..data.batches import AUGMENT
 from ..train.trainer import Callback, Phase
@@ -205,8 +206,11 @@ class _Files:
         if path.is_dir(): path = path/'weights.safetensors'
         try:
             with safe_open(path, 'pt') as f:
-                s = cls(**json.loads((f.metadata() or {})['medsketch-segmenter']))
-                s.net.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
+                make = lambda config=json.loads((f.metadata() or {})['medsketch-segmenter']): cls(**config)
+                flat = {k: f.get_tensor(k) for k in f.keys()}
+            without_memory(make).net.load_state_dict(flat, assign=True) # compares shapes before memory is taken
+            s = make()
+            s.net.load_state_dict(flat)
         except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as e:
             raise ValueError(f"{path} holds no segmenter ({' '.join(str(e).split())[:100]})") from None
         return s.to(device or default_device())
