@@ -519,6 +519,27 @@ LAYOUTS = {
 }
 
 
+WORDLESS = {  # names that say nothing to us: told by what masks look like
+    'x_roi': ('{}.png', '{}_roi.png'),
+    'capitals': ('{}.png', '{}-ROI.png'),
+    'input + target': ('input/{}.png', 'target/{}.png'),
+    'inputs + targets': ('inputs/{}.jpg', 'targets/{}.png'),
+    'A + B': ('A/{}.png', 'B/{}.png'),
+    'images + rois': ('images/{}.png', 'rois/{}.png'),
+    'a folder and a word': ('imgs/{}.png', 'rois/{}_roi.png'),
+    'frames + labels': ('frames/{}.png', 'labels/{}.png'),
+    'radiographs': ('CXR_png/{}.png', 'ManualMask/{}.png'),
+    'ISIC 2017': ('ISIC-2017_Training_Data/{}.jpg', 'ISIC-2017_Training_Part1_GroundTruth/{}_segmentation.png'),
+    'fundus + vessel': ('fundus/{}.png', 'vessel/{}.tif'),
+    'a tumour': ('{}.png', '{}_tumour.png'),
+    'words that are glued': ('im{}.png', 'seg{}.png'),
+    'brackets': ('p ({}).png', 'mask ({}).png'),
+    'patients': ('{}/t1.png', '{}/tumour.png'),
+    'patients, deeper': ('{}/ct/0.png', '{}/outline/0.png'),
+    'JPEG masks': ('in/{}.jpg', 'out/{}.jpg'),
+}
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_masks_are_paired_and_never_images(tmp_path, layout):
     image, mask = LAYOUTS[layout]
@@ -536,6 +557,64 @@ def test_masks_are_paired_and_never_images(tmp_path, layout):
     with pytest.warns(UserWarning, match='looks like a mask'):
         ds = load_images(tmp_path / 'd', S)
     assert len(ds) == 3 and 'lonely' in ds.skipped[0][0] and len(load(tmp_path / 'd', masks=False)) == 3
+
+
+@pytest.mark.parametrize('layout', WORDLESS)
+def test_masks_are_told_by_their_looks_where_names_say_nothing(tmp_path, layout):
+    image, mask = WORDLESS[layout]
+    for i in range(3):
+        put(tmp_path / 'd' / image.format(f'c{i}'), NOISE)
+        put(tmp_path / 'd' / mask.format(f'c{i}'), np.roll(FORE, i, 1))
+    ds = load(tmp_path / 'd')
+    assert len(ds) == 3 and ds.classes == ('background', 'foreground')
+    assert all(((ds.masks[i] > 0) == np.roll(DISC, i, 1)).all() for i in range(3))
+    assert len(load(tmp_path / 'd', masks=False)) == 3
+
+
+def test_masks_in_volumes_are_told_by_their_looks(tmp_path):
+    for i in range(2):
+        nifti(tmp_path / f'p{i}_ct.nii.gz', RNG.random((S, S, 3)) * 1000)
+        nifti(tmp_path / f'p{i}_tumour.nii.gz', np.dstack([DISC] * 3).astype(np.uint8))
+    ds = load(tmp_path)
+    assert len(ds) == 6 and ds.masks.any()
+
+
+def test_what_lies_beside_the_images_is_counted(tmp_path):
+    for i in range(3):
+        put(tmp_path / f'images/{i}.png')
+        put(tmp_path / f'thumbnails/{i}.png', np.flipud(NOISE))
+    ds = load(tmp_path)
+    assert len(ds) == 3 and any('left out  3: in folder thumbnails' in line for line in summarise(ds).lines())
+
+
+def test_masks_that_look_so_and_have_no_image_are_said(tmp_path):
+    for i in range(3):
+        put(tmp_path / f'd/CXR_png/{i}.png')
+        put(tmp_path / f'd/ManualMask/left/{i}x.png', FORE)
+        put(tmp_path / f'e/scans/{i}.png')
+        put(tmp_path / f'e/rois/{i}.png', FORE)
+    put(tmp_path / 'e/rois/lonely.png', FORE)
+    for folder, n in (('d', 3), ('e', 1)):
+        with pytest.warns(UserWarning, match='looks like a mask'):
+            ds = load_images(tmp_path / folder, S)
+        assert len(ds) == 3 and len(ds.skipped) == n
+
+
+LOOK_ALIKE = {
+    'two contrasts': ('T1/{}.png', 'T2/{}.png', lambda i: np.flipud(NOISE)),
+    'eyes': ('{}_left.png', '{}_right.png', lambda i: np.flipud(NOISE)),
+    'drawings on paper': ('photo/{}.png', 'drawn/{}.png', lambda i: 255 - FORE),
+    'one black image': ('a/{}.png', 'b/{}.png', lambda i: BLANK if i == 1 else NOISE),
+}
+
+
+@pytest.mark.parametrize('case', LOOK_ALIKE)
+def test_images_with_the_same_names_stay_images(tmp_path, case):
+    first, second, other = LOOK_ALIKE[case]
+    for i in range(3):
+        put(tmp_path / first.format(i), NOISE)
+        put(tmp_path / second.format(i), other(i))
+    assert len(load(tmp_path)) == 6
 
 
 def test_folders_of_the_same_words_stay_apart(tmp_path):

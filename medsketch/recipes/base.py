@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'as_data', 'sized', 'Drawing', 'ManySamples', 'Saving', 'Preparing', 'Fitting', 'Stepping', 'Checks',
-           'Recipe', 'with_int_keys', 'half_at_last', 'recipe_class', 'load_recipe']
+           'Recipe', 'with_int_keys', 'recipe_class', 'load_recipe']
 
 # %% ../../nbs/06_recipes/00_base.ipynb #b64b3ce1
 import copy
@@ -370,17 +370,6 @@ def with_int_keys(
     tables = ('batches', 'batch_size', 'widths')
     numbers = lambda v: {int(a): b for a, b in v.items()}
     return {k: numbers(v) if k in tables and isinstance(v, dict) else v for k, v in config.items()}
-
-def half_at_last(
-    steps:int, # batches in all
-    size:int, # last resolution
-) -> dict: # {resolution: batches}
-    "A schedule that spends half of its batches, or a few more, at the last resolution"
-    if steps < 1: raise ValueError(f"{steps} steps: at least 1 is needed")
-    sizes = Growth(size).sizes
-    table = {s: max(1, steps // 2 ** (len(sizes) - i)) for i, s in enumerate(sizes)}
-    table[sizes[-1]] = max(1, steps - sum(table[s] for s in sizes[:-1]))
-    return table
 
 # %% ../../nbs/06_recipes/00_base.ipynb #34d0f48e
 def recipe_class(
