@@ -534,7 +534,7 @@ def test_help_lists_every_recipe_and_the_version_is_there(medsketch):
     status, out, _ = medsketch("train --help")
     assert status == 0
     for name, cls in RECIPES.items():
-        assert f"{name}" in out and cls.__doc__.splitlines()[0][:20] in " ".join(out.split())
+        assert f"{name} " in out and cls.__doc__.splitlines()[0][:20] in " ".join(out.split())
     assert medsketch("--version") == (0, f"medsketch {__version__}\n", "")
     for command in ("sketch", "sample", "export", "pretrain", "compare", "inspect", "privacy"):
         status, out, _ = medsketch(f"{command} --help")

@@ -116,7 +116,7 @@ class _Names(dict):
         elif key == 'packaged': from medsketch.pretrained import PRETRAINED as names
         else:
             from medsketch.recipes import RECIPES
-            lines = [f"{k:10s}{(c.__doc__ or '').strip().splitlines()[0]}" for k, c in sorted(RECIPES.items())]
+            lines = [f"{k:14s}{(c.__doc__ or '').strip().splitlines()[0]}" for k, c in sorted(RECIPES.items())]
             return '\n\n'.join(lines)
         return ', '.join(names)
 
