@@ -239,7 +239,7 @@ def _other_size(recipe, size):
     return dict(any_size=True)
 
 # %% ../../nbs/11_cli/06_draw.ipynb #1e068420
-def render(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name (fundus) or hf://user/name"),
+def render(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name or hf://user/name"),
            sketches:str=typer.Option(..., help="folder of sketches, dark strokes on white"),
            out:str=typer.Option(..., help="folder for the images"),
            size:int=typer.Option(None, help="of the images' longer side; the size it was trained at if not given"),
