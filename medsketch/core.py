@@ -101,7 +101,7 @@ def check_size(
     if ok: return int(size)
     sizes = [2**i for i in range(2, 11) if least <= 2**i <= most]
     positive = isinstance(size, (int, float)) and size > 0
-    near = min(sizes, key=lambda s: abs(np.log2(s) - np.log2(size))) if positive else sizes[-1]
+    near = min(sizes, key=lambda s: abs(np.log2(s) - np.log2(size))) if positive else sizes[0]
     raise ValueError(f"size {size} is not a power of two from {least} to {most}; the nearest is {near}")
 
 # %% ../nbs/00_core.ipynb #60f957c8

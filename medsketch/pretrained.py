@@ -143,6 +143,7 @@ def find_weights(
     name, # 'fundus' and the like, a .safetensors file, a run's folder, or a Hub id such as 'user/eyes'
 ) -> Path: # a file or folder that `load_recipe` takes
     "Packaged weights, files and runs, the user's cache, then the Hub. Raises `ValueError` saying where it looked"
+    if str(name).startswith('hf://'): return _from_hub(str(name)[5:])
     for p in (WEIGHTS/f'{name}.safetensors', Path(name), cache_dir()/f'weights/{name}.safetensors'):
         if p.exists(): return p
     path = str(name).count('/') != 1 or str(name).startswith(('.', '/')) or Path(name).parent.is_dir()
@@ -156,6 +157,7 @@ def find_named(
     name:str, # 'fundus' and the like, or a Hub id such as 'user/eyes'
 ) -> Path: # a file that `load_recipe` takes
     "Packaged weights, the user's cache, then the Hub; never another file. Raises `ValueError` saying where it looked"
+    name = name.removeprefix('hf://')
     if not re.fullmatch(r'[\w-][\w.-]*(/[\w-][\w.-]*)?', name):
         raise ValueError(f"{name!r} is no name of weights: there are {', '.join(packaged())}, and Hub ids (user/name)")
     if '/' in name: return _from_hub(name)

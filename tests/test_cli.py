@@ -534,7 +534,7 @@ def test_help_lists_every_recipe_and_the_version_is_there(medsketch):
     status, out, _ = medsketch("train --help")
     assert status == 0
     for name, cls in RECIPES.items():
-        assert f"{name}" in out and cls.__doc__.splitlines()[0][:20] in " ".join(out.split())
+        assert f"{name} " in out and cls.__doc__.splitlines()[0][:20] in " ".join(out.split())
     assert medsketch("--version") == (0, f"medsketch {__version__}\n", "")
     for command in ("sketch", "sample", "export", "pretrain", "compare", "inspect", "privacy"):
         status, out, _ = medsketch(f"{command} --help")
@@ -742,9 +742,16 @@ def test_a_mistyped_run_is_not_looked_up(medsketch, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "_from_hub", lambda *_: pytest.fail("the Hub was asked"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for name in ("runs/skrgna", "./runs/x", "/no/where", "a/b/c", "~/x/nowhere", "runs/x.safetensors"):
-        status, _, err = medsketch(f"sample {name} --out x")
-        assert status == 1 and "does not exist" in err and err.count("\n") == 1
+    names = ("runs/skrgna", "./runs/x", "/no/where", "a/b/c", "~/x/nowhere", "runs/x.safetensors", "run/skrgan", "a/b")
+    for name in (*names, "runs/", "x.safetensors", "a\\b"):
+        for line in ("sample {} --out x", "render {} --sketches s --out x", "train skrgan --init {} --data s --out x"):
+            status, _, err = medsketch(line.format(name))
+            assert status == 1 and "does not exist" in err and err.count("\n") == 1, (line, name)
+    assert "written hf://user/eyes" in medsketch("sample user/eyes --out x")[2]
+    asked = []
+    monkeypatch.setattr(pretrained, "_from_hub", lambda repo: asked.append(repo) or pretrained.WEIGHTS / "gone")
+    medsketch("sample hf://user/eyes --out x")
+    assert asked == ["user/eyes"]
 
 
 def test_instances_can_be_inspected_and_masks_that_are_not_needed_are_not_read(medsketch, photos, tmp_path):

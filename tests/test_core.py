@@ -155,3 +155,11 @@ def test_a_sketch_is_shown_without_loss(monkeypatch):
 
 def test_markdown_table():
     assert markdown_table([['', 'FID'], ['SkrGAN', 69]]).split('\n') == ['|  | FID |', '|---|---|', '| SkrGAN | 69 |']
+
+
+def test_a_size_of_nothing_names_the_smallest():
+    from medsketch.core import check_size
+
+    for size in (0, -32, 3.5, 'x', None):
+        with pytest.raises(ValueError, match='nearest is 4'):
+            check_size(size)

@@ -1,14 +1,16 @@
 """Networks named by a factory: built, saved by name, loaded again; strangers' names and arguments refused."""
 
 import json
+import sys
 
 import pytest
 import torch
 from faults import one_line
 from torch import nn
 
+from medsketch.commands.train import dry_run
 from medsketch.models import factory
-from medsketch.models.factory import build, make_network, network_spec, register, try_network
+from medsketch.models.factory import build, make_network, network_spec, register, try_network, without_memory
 from medsketch.models.unet import UNetRenderer
 
 UNET = {
@@ -202,3 +204,41 @@ def test_trying_a_network_changes_nothing():
     assert try_network(net, 1, 3, 8) is net and net.training and net[2].training
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Counting(nn.Module):
+    "A network that computes with numbers while it is built, as SwinUNETR does"
+
+    def __init__(self):
+        super().__init__()
+        rates = [r.item() for r in torch.linspace(0, 0.5, 3)]
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Dropout(rates[1]))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_shapes_come_without_memory_and_without_imports():
+    from medsketch.recipes import RECIPES
+
+    for cls in RECIPES.values():
+        there = set(sys.modules)
+        shape, real = without_memory(lambda cls=cls: cls.preset('tour')), cls.preset('tour')
+        assert len(set(sys.modules) - there) < 20, cls.name
+        for name, net in real.nets.items():
+            mine = shape.nets[name].state_dict()
+            assert {k: (t.shape, t.dtype) for k, t in mine.items()} == {
+                k: (t.shape, t.dtype) for k, t in net.state_dict().items()
+            }
+            assert all(t.is_meta for t in mine.values())
+
+
+def test_a_network_that_computes_while_it_is_built_is_not_refused(tmp_path):
+    from medsketch.recipes import SkrGAN, load_recipe
+
+    register('counting', Counting)
+    assert without_memory(lambda: make_network('counting', None, 1, 3, 16)) is None
+    r = SkrGAN.preset('tour', size=16, renderer='counting')
+    r.save(tmp_path / 'r.safetensors')
+    assert load_recipe(tmp_path / 'r.safetensors').config == r.config
+    assert dry_run(SkrGAN, r.config) == r.config

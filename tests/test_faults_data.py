@@ -200,6 +200,37 @@ def test_padding_is_black_and_takes_no_part(tmp_path, kind, value, photometric):
     assert not got[~DISC].any() and np.ptp(got[DISC]) > 240 and np.abs(got[DISC].astype(int) - plain[DISC]).mean() < 6
 
 
+@pytest.mark.parametrize('tags', [{}, {'RescaleIntercept': 0}])
+@pytest.mark.parametrize('slope', [0, -0.0])
+def test_a_slope_of_nothing_is_said(tmp_path, slope, tags):
+    "All pixels would be the same; a blank frame, as PET scanners write it, is blank"
+    dicom(tmp_path / 'a.dcm', SLICES[0], RescaleSlope=slope, **tags)
+    with pytest.raises(ValueError, match='make all pixels the same'):
+        read_dicom(tmp_path / 'a.dcm')
+    blank = dicom(tmp_path / 'b.dcm', np.zeros((32, 32), '<u2'), RescaleSlope=slope, RescaleIntercept=0)
+    assert not read_dicom(blank)[0].any()
+
+
+def test_half_a_rescaling(tmp_path):
+    "An intercept without a slope counts, so that a window in Hounsfield units fits; empty tags say nothing"
+    a = np.tile(np.arange(32, dtype='<u2') * 64, (32, 1))
+    window = {'WindowCenter': 0, 'WindowWidth': 2000}
+    whole = read_dicom(dicom(tmp_path / 'a.dcm', a, RescaleSlope=1, RescaleIntercept=-1024, **window))[0]
+    half = read_dicom(dicom(tmp_path / 'b.dcm', a, RescaleIntercept=-1024, **window))[0]
+    empty = read_dicom(dicom(tmp_path / 'c.dcm', a, RescaleSlope=None, RescaleIntercept=-1024, **window))[0]
+    assert (half == whole).all() and (empty == whole).all() and len(np.unique(whole)) > 20
+
+
+def test_float_pixels(tmp_path):
+    a = np.tile(np.linspace(0, 0.5, 32, dtype='<f4'), (32, 1))
+    ds = pydicom.dcmread(dicom(tmp_path / 'a.dcm', np.zeros((32, 32), '<u2')))
+    del ds.PixelData
+    ds.FloatPixelData, ds.BitsAllocated = np.where(a > 0.4, np.nan, a).astype('<f4').tobytes(), 32
+    ds.save_as(tmp_path / 'a.dcm')
+    (got,) = read_dicom(tmp_path / 'a.dcm')
+    assert (got[a > 0.4] == 0).all() and got.max() == 255 and len(np.unique(got)) > 20
+
+
 def test_a_padding_range(tmp_path):
     a = np.where(DISC, NOISE, 5000 + NOISE.astype(int)).astype('<u2')
     (got,) = read_dicom(dicom(tmp_path / 'a.dcm', a, PixelPaddingValue=5300, PixelPaddingRangeLimit=5000))
@@ -488,6 +519,27 @@ LAYOUTS = {
 }
 
 
+WORDLESS = {  # names that say nothing to us: told by what masks look like
+    'x_roi': ('{}.png', '{}_roi.png'),
+    'capitals': ('{}.png', '{}-ROI.png'),
+    'input + target': ('input/{}.png', 'target/{}.png'),
+    'inputs + targets': ('inputs/{}.jpg', 'targets/{}.png'),
+    'A + B': ('A/{}.png', 'B/{}.png'),
+    'images + rois': ('images/{}.png', 'rois/{}.png'),
+    'a folder and a word': ('imgs/{}.png', 'rois/{}_roi.png'),
+    'frames + labels': ('frames/{}.png', 'labels/{}.png'),
+    'radiographs': ('CXR_png/{}.png', 'ManualMask/{}.png'),
+    'ISIC 2017': ('ISIC-2017_Training_Data/{}.jpg', 'ISIC-2017_Training_Part1_GroundTruth/{}_segmentation.png'),
+    'fundus + vessel': ('fundus/{}.png', 'vessel/{}.tif'),
+    'a tumour': ('{}.png', '{}_tumour.png'),
+    'words that are glued': ('im{}.png', 'seg{}.png'),
+    'brackets': ('p ({}).png', 'mask ({}).png'),
+    'patients': ('{}/t1.png', '{}/tumour.png'),
+    'patients, deeper': ('{}/ct/0.png', '{}/outline/0.png'),
+    'JPEG masks': ('in/{}.jpg', 'out/{}.jpg'),
+}
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_masks_are_paired_and_never_images(tmp_path, layout):
     image, mask = LAYOUTS[layout]
@@ -505,6 +557,64 @@ def test_masks_are_paired_and_never_images(tmp_path, layout):
     with pytest.warns(UserWarning, match='looks like a mask'):
         ds = load_images(tmp_path / 'd', S)
     assert len(ds) == 3 and 'lonely' in ds.skipped[0][0] and len(load(tmp_path / 'd', masks=False)) == 3
+
+
+@pytest.mark.parametrize('layout', WORDLESS)
+def test_masks_are_told_by_their_looks_where_names_say_nothing(tmp_path, layout):
+    image, mask = WORDLESS[layout]
+    for i in range(3):
+        put(tmp_path / 'd' / image.format(f'c{i}'), NOISE)
+        put(tmp_path / 'd' / mask.format(f'c{i}'), np.roll(FORE, i, 1))
+    ds = load(tmp_path / 'd')
+    assert len(ds) == 3 and ds.classes == ('background', 'foreground')
+    assert all(((ds.masks[i] > 0) == np.roll(DISC, i, 1)).all() for i in range(3))
+    assert len(load(tmp_path / 'd', masks=False)) == 3
+
+
+def test_masks_in_volumes_are_told_by_their_looks(tmp_path):
+    for i in range(2):
+        nifti(tmp_path / f'p{i}_ct.nii.gz', RNG.random((S, S, 3)) * 1000)
+        nifti(tmp_path / f'p{i}_tumour.nii.gz', np.dstack([DISC] * 3).astype(np.uint8))
+    ds = load(tmp_path)
+    assert len(ds) == 6 and ds.masks.any()
+
+
+def test_what_lies_beside_the_images_is_counted(tmp_path):
+    for i in range(3):
+        put(tmp_path / f'images/{i}.png')
+        put(tmp_path / f'thumbnails/{i}.png', np.flipud(NOISE))
+    ds = load(tmp_path)
+    assert len(ds) == 3 and any('left out  3: in folder thumbnails' in line for line in summarise(ds).lines())
+
+
+def test_masks_that_look_so_and_have_no_image_are_said(tmp_path):
+    for i in range(3):
+        put(tmp_path / f'd/CXR_png/{i}.png')
+        put(tmp_path / f'd/ManualMask/left/{i}x.png', FORE)
+        put(tmp_path / f'e/scans/{i}.png')
+        put(tmp_path / f'e/rois/{i}.png', FORE)
+    put(tmp_path / 'e/rois/lonely.png', FORE)
+    for folder, n in (('d', 3), ('e', 1)):
+        with pytest.warns(UserWarning, match='looks like a mask'):
+            ds = load_images(tmp_path / folder, S)
+        assert len(ds) == 3 and len(ds.skipped) == n
+
+
+LOOK_ALIKE = {
+    'two contrasts': ('T1/{}.png', 'T2/{}.png', lambda i: np.flipud(NOISE)),
+    'eyes': ('{}_left.png', '{}_right.png', lambda i: np.flipud(NOISE)),
+    'drawings on paper': ('photo/{}.png', 'drawn/{}.png', lambda i: 255 - FORE),
+    'one black image': ('a/{}.png', 'b/{}.png', lambda i: BLANK if i == 1 else NOISE),
+}
+
+
+@pytest.mark.parametrize('case', LOOK_ALIKE)
+def test_images_with_the_same_names_stay_images(tmp_path, case):
+    first, second, other = LOOK_ALIKE[case]
+    for i in range(3):
+        put(tmp_path / first.format(i), NOISE)
+        put(tmp_path / second.format(i), other(i))
+    assert len(load(tmp_path)) == 6
 
 
 def test_folders_of_the_same_words_stay_apart(tmp_path):

@@ -8,11 +8,12 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from faults import contents
 from PIL import Image
 
 from medsketch.cli import main
-from medsketch.recipes import SkrGAN
+from medsketch.recipes import DCGAN, SkrGAN, load_recipe
 
 TINY = "--scale tour --steps 2 --every 2 --set ngf=4 --set ndf=4 --set latent_dim=8 --set batch_size=2"
 
@@ -91,6 +92,7 @@ CONFIGS = {
     "no such data": (entry(train={"data": "/no/where"}), "no such folder"),
     "init is a number": (entry(init=3), "odd 'init'"),
     "frozen is a number": (entry(frozen=3), "odd 'frozen'"),
+    "networks of terabytes": (entry(config={"ngf": 4096, "size": 1024}), "of memory are free"),
     "other images": (entry(data="0123"), "another data"),
     "another number of images": (entry(images="many"), "another images"),
 }
@@ -111,6 +113,52 @@ def test_an_odd_configuration_is_one_line_and_stays_as_it_is(broken, capsys, cas
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("medsketch: ") and words in err, err
     assert "Error" not in err and contents(broken) == before
+
+
+HUGE = {
+    "ngf": ({"ngf": 4096}, r"this recipe needs|of memory are free"),
+    "size": ({"size": 1024}, "this recipe and the file differ|this recipe needs"),
+    "wider than the file": ({"ngf": 64}, "this recipe needs"),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_shapes_are_compared_before_networks_take_memory(trained, broken, monkeypatch, case):
+    change, words = HUGE[case]
+    path, built = broken / "weights.safetensors", []
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + n])
+    about = json.loads(head["__metadata__"]["medsketch"])
+    head["__metadata__"]["medsketch"] = json.dumps(about | {"config": about["config"] | change})
+    new = json.dumps(head).encode()
+    path.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + n :])
+    networks = DCGAN.networks
+    monkeypatch.setattr(DCGAN, "networks", lambda r: built.append(torch.empty(0).is_meta) or networks(r))
+    with pytest.raises(ValueError, match=words):
+        load_recipe(broken)
+    assert built == [True]
+    load_recipe(trained)
+    assert built[1:] == [True, True, False]  # compared with the file, then with the memory, then made
+
+
+WIDE = {
+    "dcgan": "ngf=4096",
+    "dualgan": "ngf_max=65536 ngf=4096",
+    "skrgan": "ngf_max=65536 ngf=4096",
+    "pggan": "widths=" + json.dumps({4 * 2**i: 65_536 for i in range(9)}, separators=(",", ":")),
+    "pgsgan": "ngf=4096",
+    "stylegan2": "fmap_max=65536 fmap_base=1048576",
+    "sketch2medi": "fmap_max=65536 fmap_base=1048576",
+}
+
+
+@pytest.mark.parametrize("recipe", WIDE)
+def test_networks_larger_than_memory_are_refused_before_anything_is_read(tmp_path, capsys, recipe):
+    wide = " ".join(f"--set {shlex.quote(k)}" for k in WIDE[recipe].split())
+    assert run(f"train {recipe} --data {tmp_path}/none --out {tmp_path}/run --size 1024 --scale gpu {wide}") == 1
+    err = capsys.readouterr().err
+    assert "of memory are free" in err and err.count("\n") == 1
 
 
 flip = lambda b: b[:-100] + bytes([b[-100] ^ 1]) + b[-99:]

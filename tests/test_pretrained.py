@@ -135,6 +135,10 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
 
     hub(monkeypatch, metadata, download)
     assert load('someone/eyes').config['seed'] == 4 and asked == [('someone/eyes', 'weights.safetensors', False)]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'someone').mkdir()  # a folder of the same name: then it can only be meant so
+    assert load('hf://someone/eyes').config['seed'] == 4 and len(asked) == 2
+    (tmp_path / 'someone').rmdir()
     with pytest.raises(ValueError, match='could not be fetched from the Hub .404 not found.'):
         load('nobody/nothing')
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)

@@ -178,7 +178,7 @@ def check_room(batch, n, out):
     room(out, n * sum(each) // len(each), f'{n:,} samples')
 
 # %% ../../nbs/11_cli/06_draw.ipynb #e0d19487
-def sample(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name or a Hub id"),
+def sample(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name or hf://user/name"),
            out:str=typer.Option(..., help="folder for the samples"),
            n:int=typer.Option(100, help="how many"), seed:int=typer.Option(0, help="of the noise"),
            overwrite:bool=typer.Option(False, '--overwrite', help="replace other samples that the folder holds"),
@@ -239,7 +239,7 @@ def _other_size(recipe, size):
     return dict(any_size=True)
 
 # %% ../../nbs/11_cli/06_draw.ipynb #1e068420
-def render(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name (fundus) or a Hub id"),
+def render(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name or hf://user/name"),
            sketches:str=typer.Option(..., help="folder of sketches, dark strokes on white"),
            out:str=typer.Option(..., help="folder for the images"),
            size:int=typer.Option(None, help="of the images' longer side; the size it was trained at if not given"),
@@ -264,7 +264,7 @@ def render(run:str=typer.Argument(help="folder of a run, a .safetensors file, a 
     tell(f'{n} images in {out}')
 
 # %% ../../nbs/11_cli/06_draw.ipynb #c40ec96e
-def export(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name or a Hub id"),
+def export(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name or hf://user/name"),
            out:str=typer.Option(..., help="folder of the data set"),
            n:int=typer.Option(1000, help="how many images"),
            format:str=typer.Option('folder', help="{formats}"),

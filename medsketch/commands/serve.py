@@ -13,7 +13,7 @@ import typer
 from .tools import check_count, find_run, going_on, need_text, tell
 
 # %% ../../nbs/11_cli/08_serve.ipynb #2cf61726
-def studio(recipe:str=typer.Argument('fundus', help="packaged name, .safetensors file, folder of a run, or Hub id"),
+def studio(recipe:str=typer.Argument('fundus', help="packaged name, file, folder of a run, or hf://user/name"),
            host:str=typer.Option('127.0.0.1', help="address to listen on; 0.0.0.0 lets other machines in"),
            port:int=typer.Option(8866, help="0 takes any free one"),
            out:str=typer.Option('drawings', help="folder for exports"),

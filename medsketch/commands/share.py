@@ -41,7 +41,7 @@ def push(run:str=typer.Argument(help="folder of a run, or a .safetensors file"),
     with disk(lambda: 'nothing was uploaded'): prepare_repo(find_run(run), place, repo, **about)
     tell(f'weights.safetensors and README.md are in {to}; nothing was uploaded')
 
-def onnx(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name or a Hub id"),
+def onnx(run:str=typer.Argument(help="folder of a run, a .safetensors file, a packaged name or hf://user/name"),
          out:str=typer.Option(..., help="the .onnx file")):
     "Write a renderer as ONNX, for programs without PyTorch; checked against PyTorch."
     import contextlib, io, logging, warnings

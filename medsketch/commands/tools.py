@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -115,7 +116,7 @@ class _Names(dict):
         elif key == 'packaged': from medsketch.pretrained import PRETRAINED as names
         else:
             from medsketch.recipes import RECIPES
-            lines = [f"{k:10s}{(c.__doc__ or '').strip().splitlines()[0]}" for k, c in sorted(RECIPES.items())]
+            lines = [f"{k:14s}{(c.__doc__ or '').strip().splitlines()[0]}" for k, c in sorted(RECIPES.items())]
             return '\n\n'.join(lines)
         return ', '.join(names)
 
@@ -261,17 +262,16 @@ def room(
     raise ValueError(f"{what} need about {needed / 1e9:,.1f} GB, and {left / 1e9:,.1f} GB are free in {here}")
 
 def find_run(
-    name, # a run's folder, a .safetensors file, a packaged name or a Hub id
+    name, # a run's folder, a .safetensors file, a packaged name or hf://user/name
 ): # what `medsketch.load` takes
-    "Raises `ValueError` at once if this can only be a mistyped path; nothing is looked up for it"
+    "What is no hf://user/name is never looked up on the Hub: raises `ValueError` at once for a mistyped path"
     text = need_text('the run', name)
+    if text.startswith('hf://'): return text
     path = Path(text).expanduser()
     if path.exists():
         if path.is_file() and path.suffix != '.safetensors' and path.name != 'weights.safetensors':
             raise ValueError(f"{text} is not a file that medsketch saved: pass a .safetensors file or a run's folder")
         return path
-    parent = path.parent
-    paths = text.startswith(('.', '/', '~')) or '\\' in text or text.endswith('.safetensors') or text.count('/') != 1
-    if '/' in text and (paths or parent.exists()):
-        raise ValueError(f"{text} does not exist: there is no such run or file")
-    return text
+    if not ('/' in text or '\\' in text or text.endswith('.safetensors')): return text
+    hub = f"; weights on the Hub are written hf://{text}" if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', text) else ''
+    raise ValueError(f"{text} does not exist: there is no such run or file{hub}")

@@ -87,9 +87,9 @@ def _settings(cls, asked, told, options):
 
 def dry_run(cls, settings):
     "Raises `ValueError` for arguments that do not fit each other; networks are made without memory"
-    import torch
-    unable = NotImplementedError, RuntimeError, TypeError, AttributeError # some networks cannot be made on 'meta'
-    with contextlib.suppress(*unable), torch.device('meta'): cls(**settings)
+    from medsketch.models.factory import check_memory, without_memory
+    shape = without_memory(lambda: cls(**settings))
+    check_memory((shape or cls(**settings)).nets) # a network from elsewhere may have to be made in full
     return settings
 
 # %% ../../nbs/11_cli/05_train.ipynb #7511f1a9
@@ -111,7 +111,7 @@ def resumed(
     noted = dict(before.get('train') or {})
     if recipe and recipe != before['recipe']: raise ValueError(f"{out} holds a run of {before['recipe']}, not {recipe}")
     cls = recipe_class(before['recipe'])
-    check_arguments(cls, with_int_keys(before['config']))
+    dry_run(cls, check_arguments(cls, with_int_keys(before['config'])))
     if odd := [k for k, kind in KINDS.items() if not isinstance(noted.get(k), (kind, type(None)))]:
         raise ValueError(f"{out}/config.json has an odd {odd[0]!r} ({noted[odd[0]]!r}): correct it, or start anew")
     _agree(out, cls, asked, before['config'], noted)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .files import file_kind, is_regular, shown
 from .names import read_as
+from .siblings import beside_images, masks_by_looks
 from .readers import can_convert, to_channels
 
 # %% ../../nbs/02_data/05_cases.ipynb #57f450df
@@ -280,8 +281,15 @@ class Paired:
     ignored: tuple=() # paths beside folders of images
 
 def _folder_cases(found):
-    "Cases of a folder by the names of folders and files"
-    real = read_as(found.files, found.root, lambda name: folder_role((name,))[1])
+    "Cases of a folder by the names of folders and files; where these pair nothing, by what masks look like"
+    cases = _named_cases(read_as(found.files, found.root, lambda name: folder_role((name,))[1]), found)
+    if any(c.masks for c in cases.cases): return cases
+    masks = masks_by_looks(found.files, found.root, lambda p: bare(stem(p)))
+    split = lambda p: (stem(p), p.name[len(stem(p)):])
+    return _named_cases(beside_images(masks, found.files, split), found) if masks else cases
+
+def _named_cases(real, found):
+    "Cases of files {path as pairing knows it: path}"
     roles = sort_files(list(real), found.root)
     table = _mask_table(roles.masks, found.root)
     cases, used = [], set()

@@ -275,6 +275,7 @@ def load_images(
         raise ValueError(f"none of the {len(cases)} images in {shown(path)} can be used; {_example(skipped)}")
     left = [(str(p), r) for p, r in paired.left_out if needed is not False or 'channels' in r]
     ds.skipped, ds.found = [tuple(s) for s in skipped] + left, len(paired.cases)
+    ds.aside = [(str(p), f'in folder {shown(p.parent.name)}, beside the images') for p in paired.ignored]
     if ds.skipped:
         warnings.warn(f"{len(ds.skipped)} of the images in {shown(path)} skipped, e.g. {_example(ds.skipped)} "
                       '(all are in .skipped)', stacklevel=2)

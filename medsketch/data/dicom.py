@@ -61,6 +61,15 @@ def _window(g):
     centre, width = first('WindowCenter'), first('WindowWidth')
     return (float(centre), float(width)) if None not in (centre, width) and float(width) > 1 else None
 
+def _rescaled(g, a):
+    "Stored numbers in the unit of the file. Raises `ValueError` if all of them would be the same"
+    from pydicom.pixels import apply_modality_lut
+    if 'ModalityLUTSequence' in g: return apply_modality_lut(a, g)
+    number = lambda k, other: other if g.get(k) in (None, '') else float(g.get(k)) # anonymised away, or never there
+    slope, shift = number('RescaleSlope', 1.), number('RescaleIntercept', 0.)
+    if np.isfinite([slope, shift]).all() and (slope or not np.ptp(a)): return a * slope + shift
+    raise ValueError(f"RescaleSlope {slope:g} and RescaleIntercept {shift:g} make all pixels the same")
+
 def _padding(ds, a):
     "Which stored values mark pixels outside the field, as a mask, or None"
     ends = [ds.get(k) for k in ('PixelPaddingValue', 'PixelPaddingRangeLimit')]
@@ -76,10 +85,10 @@ def frame_values(
     i:int, # its number
 ) -> tuple: # (H, W) float32 with NaN for padding; window (centre, width) or None
     "One grey frame in the file's unit, and the window it asks for"
-    from pydicom.pixels import apply_modality_lut, apply_voi
+    from pydicom.pixels import apply_voi
     group = _group(ds, i, 'FrameVOILUTSequence')
     window, padded = _window(group), _padding(ds, a)
-    v = apply_modality_lut(a, _group(ds, i, 'PixelValueTransformationSequence'))
+    v = _rescaled(_group(ds, i, 'PixelValueTransformationSequence'), a)
     if window is None and 'VOILUTSequence' in group: v = apply_voi(v, group)
     v = np.asarray(v, np.float32)
     if padded is not None and padded.any():
@@ -105,7 +114,8 @@ def frame_order(
 # %% ../../nbs/02_data/01_dicom.ipynb #080aed66
 def _stored(ds):
     "Stored numbers (F, H, W) or (F, H, W, 3), and whether they are colour. Raises `ValueError` where there are none"
-    if 'PixelData' not in ds: raise ValueError("a DICOM file without pixels")
+    if not {'PixelData', 'FloatPixelData', 'DoubleFloatPixelData'} & {*ds.dir('PixelData')}:
+        raise ValueError("a DICOM file without pixels")
     n, samples = int(ds.get('NumberOfFrames') or 1), int(ds.get('SamplesPerPixel') or 1)
     check_memory(int(ds.Rows) * int(ds.Columns) * n * samples, 4 * int(ds.get('BitsAllocated') or 16) // 8 + 8,
                  f'{ds.Columns}×{ds.Rows}×{n} pixels')

@@ -11,8 +11,8 @@ from pathlib import Path
 
 # %% ../../nbs/02_data/04_names.ipynb #675cbe26
 ROLES = dict(
-    mask={'mask', 'masks', 'label', 'labels', 'gt', 'annotation', 'annotations', 'annot', 'annots', 'seg', 'segs',
-          'segmentation', 'segmentations', 'manual'},
+    mask={'mask', 'masks', 'msk', 'msks', 'label', 'labels', 'lbl', 'lbls', 'gt', 'gts', 'truth', 'annotation',
+          'annotations', 'annot', 'annots', 'seg', 'segs', 'segmentation', 'segmentations', 'manual'},
     image={'image', 'images', 'img', 'imgs', 'input', 'inputs', 'original', 'originals', 'photo', 'photos', 'scan',
            'scans'})
 PLAIN = {'png', 'jpeg', 'jpg', 'tif', 'tiff', 'class', 'object', 'files', 'data'} # words that tell nothing apart

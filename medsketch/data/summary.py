@@ -64,7 +64,7 @@ def summarise(
     planes = {k: (ds.kinds[k], str(np.dtype(a.dtype))) for k, a in ds.planes.items() if k != 'image'}
     return Summary(len(ds), ds.size, ds.channels, meaning, len(set(ds.subjects)), ds.subjects_known, planes, classes,
                    with_mask,
-                   sides, values, _reasons(ds.skipped))
+                   sides, values, _reasons([*ds.skipped, *getattr(ds, 'aside', ())]))
 
 # %% ../../nbs/02_data/11_summary.ipynb #3c66aa3e
 def _sides(s):

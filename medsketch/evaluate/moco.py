@@ -19,6 +19,7 @@ from ..data.batches import Batches
 from ..core import atomic_write, seed_everything, weights_name
 from ..data import ImageData
 from .features import Extractor, inception, thumbnails
+from ..models.factory import without_memory
 from ..train.contrast import Follow, KeyEncoder, MocoEncoder, MocoLoss, Views, info_nce
 from ..train.stages import train_stage
 from ..train.trainer import Phase
@@ -100,8 +101,11 @@ def load_moco(
     try:
         with safe_open(path, 'pt') as f:
             config = json.loads((f.metadata() or {})['medsketch-moco'])
-            encoder = MocoEncoder(config['channels'], config['depth'], config['width'])
-            encoder.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
+            make = lambda: MocoEncoder(config['channels'], config['depth'], config['width'])
+            flat = {k: f.get_tensor(k) for k in f.keys()}
+        without_memory(make).load_state_dict(flat, assign=True) # compares shapes before memory is taken
+        encoder = make()
+        encoder.load_state_dict(flat)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise ValueError(f"{path} holds no features of train_moco's ({' '.join(str(e).split())[:100]})") from None
     return _extractor(encoder, config, device=device)

@@ -21,15 +21,14 @@ from monai.networks.nets import UNet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
-from ..data.batches import Batches
-from ..core import (PALETTE, atomic_write, check_size, default_device, from_uint8, keep_memory, to_uint8,
-                            torch_rng,
-                            weights_name)
+from ..core import PALETTE, atomic_write, check_size, default_device, from_uint8, keep_memory
+from ..core import to_uint8, torch_rng, weights_name
 from ..data import ImageData
 from .images import image_batches
 from .paired import SEGMENTATION_SCORES, segmentation_scores
+from ..models.factory import without_memory
 from ..train.stages import open_run, train_stage
-from ..data.batches import AUGMENT
+from ..data.batches import AUGMENT, Batches
 from ..train.trainer import Callback, Phase
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #2ea1e3bd
@@ -201,12 +200,13 @@ class _Files:
              device=None, # `default_device()` if not given
             ):
         "The segmenter as it was. Raises `ValueError` if the file is something else"
-        path = Path(path)
-        if path.is_dir(): path = path/'weights.safetensors'
+        path = Path(path)/'weights.safetensors' if Path(path).is_dir() else path
         try:
             with safe_open(path, 'pt') as f:
-                s = cls(**json.loads((f.metadata() or {})['medsketch-segmenter']))
-                s.net.load_state_dict({k: f.get_tensor(k) for k in f.keys()})
+                config, flat = json.loads(f.metadata()['medsketch-segmenter']), {k: f.get_tensor(k) for k in f.keys()}
+            without_memory(lambda: cls(**config)).net.load_state_dict(flat, assign=True) # shapes, before memory
+            s = cls(**config)
+            s.net.load_state_dict(flat)
         except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as e:
             raise ValueError(f"{path} holds no segmenter ({' '.join(str(e).split())[:100]})") from None
         return s.to(device or default_device())

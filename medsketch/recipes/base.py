@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'as_data', 'sized', 'Drawing', 'ManySamples', 'Saving', 'Preparing', 'Fitting', 'Stepping', 'Checks',
-           'Recipe', 'with_int_keys', 'half_at_last', 'recipe_class', 'load_recipe']
+           'Recipe', 'with_int_keys', 'recipe_class', 'load_recipe']
 
 # %% ../../nbs/06_recipes/00_base.ipynb #b64b3ce1
 import copy
@@ -17,7 +17,9 @@ import torch
 from ..core import check_size, default_device, keep_memory, sample_grid, scale, torch_rng
 from ..data import ImageData, as_image_data, load_images
 from ..data.batches import AUGMENT, Batches
-from ..train.weights import file_header, read_weights, start_from, take_up, weights_file, write_weights
+from ..models.factory import check_memory, without_memory
+from ..train.weights import check_fit, file_header, read_weights, shapes_in, start_from, take_up
+from ..train.weights import weights_file, write_weights
 from .arguments import check_arguments
 from ..sketch import add_sketches
 from ..train.callbacks import Ema, Fade
@@ -132,12 +134,18 @@ class Saving:
                      path, # a file that `save` wrote
                     ):
         "Take up weights, all or none. Raises `ValueError` naming the first tensor that does not fit"
-        found = read_weights(path)
-        held = found.keys() & set(self.inference or self.nets)
-        found = {k: t for k, t in found.items() if k in held or k not in self.nets}  # a discriminator stays out
-        take_up({k: self.nets[k] for k in held or self.shared}, found, path)
-        self.learned = set(held)
+        nets, found = self.for_weights(read_weights(path))
+        take_up(nets, found, path)
+        self.learned = nets.keys() & found.keys()
         return self
+
+    def for_weights(self,
+                    found:dict, # {name: {tensor's name: tensor}}, what a file holds
+                   ) -> tuple: # the networks that it is for, what they take of it
+        "What is loaded of a file: its discriminators stay out"
+        held = found.keys() & set(self.inference or self.nets)
+        nets = {k: self.nets[k] for k in held or self.shared}
+        return nets, {k: t for k, t in found.items() if k in held or k not in self.nets}
 
     @classmethod
     def load(cls,
@@ -329,6 +337,7 @@ class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks)
     def build(self):
         "Make the networks from the recipe's own seed; the caller's random numbers stay as they were"
         with torch.random.fork_rng(devices=[]):
+            if not torch.empty(0).is_meta: check_memory(without_memory(self.networks) or {})
             torch.manual_seed(self.config['seed'])
             self.nets = self.networks()
         for n in self.nets.values(): n.eval()
@@ -362,17 +371,6 @@ def with_int_keys(
     numbers = lambda v: {int(a): b for a, b in v.items()}
     return {k: numbers(v) if k in tables and isinstance(v, dict) else v for k, v in config.items()}
 
-def half_at_last(
-    steps:int, # batches in all
-    size:int, # last resolution
-) -> dict: # {resolution: batches}
-    "A schedule that spends half of its batches, or a few more, at the last resolution"
-    if steps < 1: raise ValueError(f"{steps} steps: at least 1 is needed")
-    sizes = Growth(size).sizes
-    table = {s: max(1, steps // 2 ** (len(sizes) - i)) for i, s in enumerate(sizes)}
-    table[sizes[-1]] = max(1, steps - sum(table[s] for s in sizes[:-1]))
-    return table
-
 # %% ../../nbs/06_recipes/00_base.ipynb #34d0f48e
 def recipe_class(
     name:str, # a key of `RECIPES`
@@ -387,7 +385,10 @@ def load_recipe(
 ) -> Recipe:
     "Whatever recipe a file or run holds, ready to sample and render. Raises `ValueError` if it holds none"
     head = file_header(path)
-    try: recipe = recipe_class(head['recipe'])(**head['config'])
+    make = lambda: recipe_class(head['recipe'])(**head['config'])
+    try:
+        if shape := without_memory(make): check_fit(*shape.for_weights(shapes_in(path)), path)
+        recipe = make()
     except TypeError as e:
         raise ValueError(f"{path} does not fit this version of recipe {head['recipe']} ({e})") from None
     if 'grown' in head: recipe.fade.size, recipe.fade.alpha, recipe.fade.alphas = head['grown']

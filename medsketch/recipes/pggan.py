@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..core import sample_grid, torch_rng
 from ..data import ImageData
 from ..models.pggan import PGDiscriminator, PGEncoder, PGGenerator
-from .base import half_at_last
+from ..train.growth import half_at_last
 from .baselines import GAN, _arguments
 from .dualgan import count_classes, mask_data
 from ..train.augment import policy_by_name

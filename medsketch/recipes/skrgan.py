@@ -19,7 +19,8 @@ from ..models.patchgan import PatchDiscriminator
 from ..models.pggan import PGDiscriminator, PGGenerator
 from ..models.unet import UNetRenderer
 from ..train.adversarial import Adversarial, RenderLosses, augmenter
-from .base import Recipe, half_at_last, with_int_keys
+from .base import Recipe, with_int_keys
+from ..train.growth import half_at_last
 from ..sketch.variants import add_variants, jitter
 from ..train.callbacks import Fade
 from ..train.growth import grow_reals
