@@ -20,6 +20,7 @@ from ..models.pggan import PGDiscriminator, PGGenerator
 from ..models.unet import UNetRenderer
 from ..train.adversarial import Adversarial, RenderLosses, augmenter
 from .base import Recipe, half_at_last, with_int_keys
+from ..sketch.files import sketch_batch
 from ..sketch.variants import add_variants, jitter
 from ..train.callbacks import Fade
 from ..train.growth import grow_reals
@@ -193,11 +194,7 @@ class SkrGANDrawing:
                any_size:bool=False, # not the recipe's alone; strokes should stay as wide as in training, in pixels
               ) -> torch.Tensor: # (N, C, H, W) in [-1, 1]
         "Render sketches. Raises `ValueError` if their size is not the recipe's, or not one that its network takes"
-        s = torch.as_tensor(np.asarray(sketch) if not torch.is_tensor(sketch) else sketch)
-        s = s.to(self.device, torch.float32)
-        s, size = s.reshape(-1, 1, *s.shape[-2:]), self.config['size']
-        if s.shape[-2:] != (size, size) and not any_size:
-            raise ValueError(f"the sketch is {tuple(s.shape[-2:])} pixels, this recipe renders {size} × {size}")
+        s = sketch_batch(sketch, None if any_size else self.config['size']).to(self.device)
         self.need('G_P')
         return torch.cat([self.nets['G_P'](part * 2 - 1) for part in s.split(16)])
 
