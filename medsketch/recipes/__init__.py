@@ -10,6 +10,8 @@ from medsketch.recipes.sketch2medi import Sketch2MedI
 from medsketch.recipes.sketch_synth import SketchSynth
 from medsketch.recipes.skrgan import SkrGAN
 from medsketch.recipes.stylegan2 import StyleGAN2
+from medsketch.recipes.ugatit import UGATIT
+from medsketch.recipes.unit import UNIT
 
-__all__ = ["ACGAN", "DCGAN", "PGGAN", "RECIPES", "WGAN", "WGANGP", "CycleGAN", "DualGAN", "PGSgan", "Pix2Pix",
-           "Recipe", "Sketch2MedI", "SketchSynth", "SkrGAN", "StyleGAN2", "load_recipe", "recipe_class"]
+__all__ = ["ACGAN", "DCGAN", "PGGAN", "RECIPES", "UGATIT", "UNIT", "WGAN", "WGANGP", "CycleGAN", "DualGAN", "PGSgan",
+           "Pix2Pix", "Recipe", "Sketch2MedI", "SketchSynth", "SkrGAN", "StyleGAN2", "load_recipe", "recipe_class"]
