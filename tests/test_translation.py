@@ -12,6 +12,7 @@ from torch import nn
 from medsketch.data import Batches, ImageData
 from medsketch.data.unpaired import Unpaired
 from medsketch.models.adalin import (
+    AdaptiveBlock,
     Attention,
     AttentionDiscriminator,
     AttentionGenerator,
@@ -333,6 +334,93 @@ def test_who_learns_and_who_is_averaged(name, data):
 def distance(r, data):
     batch = data.batch(range(6))
     return (r.render(batch['sketch']) - batch['image']).abs().mean().item()
+
+
+def test_the_arguments_of_the_recipes_reach_the_losses(data):
+    "Each weight, twice as large, makes its terms twice as large and leaves the others"
+    weights = {
+        'pix2pix': {'lam': {'l1'}},
+        'cyclegan': {'cycle': {'cycle_S', 'cycle_P'}},
+        'unit': {'cycle': {'rec', 'cycle'}, 'kl': {'kl', 'kl_cycle'}},
+        'ugatit': {'cycle': {'cycle', 'identity'}, 'cam': {'cam'}},
+    }
+
+    def terms(name, **changes):
+        torch.manual_seed(0)
+        r = make(name, **changes)
+        batch = {k: data.batch(range(2))[k] for k in ('image', 'sketch')}
+        phase = r.stages(*r.prepare(data)[:2])[0].phases[0]
+        return {k: v.item() for k, v in phase.loss(SimpleNamespace(**r.nets), batch).items()}
+
+    for name, arguments in weights.items():
+        for argument, own in arguments.items():
+            one, two = (terms(name, **{argument: f}) for f in (3.0, 6.0))
+            for k in one:
+                assert math.isclose(two[k], one[k] * (2 if k in own else 1), rel_tol=1e-4), (name, argument, k)
+                assert one[k] > 0
+
+
+def test_pix2pix_drops_out_while_it_trains_and_knows_its_statistics(data):
+    dropped = lambda **kw: {
+        m.p for m in make('pix2pix', size=64, **kw).nets['G_P'].modules() if isinstance(m, nn.Dropout)
+    }
+    assert dropped(dropout=0.5) == {0.0, 0.5} and dropped(dropout=0.0) == {0.0}
+    r = make('pix2pix')
+    stage = r.stages(data)[0]
+    assert set(stage.refresh) == {'G_P'}
+    norm = next(m for m in r.nets['G_P'].modules() if isinstance(m, nn.BatchNorm2d))
+    norm.train()
+    before = norm.running_mean.clone()
+    with torch.no_grad():
+        stage.refresh['G_P'](r.nets['G_P'])
+    assert norm.num_batches_tracked == 20 and not torch.equal(norm.running_mean, before)
+
+
+class Then(Callback):
+    "What is seen after a step"
+
+    def __init__(self, look):
+        self.look = look
+
+    def after_step(self, trainer):
+        Then.seen = self.look()
+
+
+def test_ugatit_decays_weights_and_clips_shares(data):
+    r = make('ugatit', 1)
+    stage = r.stages(data)[0]
+    assert all(p.opt.param_groups[0]['weight_decay'] == 1e-4 for p in stage.phases)
+    norms = [m for n in ('G_P', 'G_S') for m in r.nets[n].modules() if isinstance(m, LayerInstanceNorm)]
+    assert {round(m.rho.mean().item(), 3) for m in norms} == {0.9, 0.0}
+    with torch.no_grad():
+        for m in norms:
+            m.rho.fill_(1.5)
+    r.fit(data, progress=False, callbacks=[Then(lambda: [m.rho.max().item() for m in norms])])
+    assert Then.seen == [1.0] * len(norms)
+    looked = r.attention(data.batch(range(2))['sketch'])
+    assert looked.shape == (2, 1, 16, 16) and looked.min() >= 0 and looked.max() <= 1
+    want = r.nets['G_P'].attend(data.batch(range(2))['sketch'] * 2 - 1)[0].sum(1, keepdim=True)
+    low, high = want.amin((1, 2, 3), keepdim=True), want.amax((1, 2, 3), keepdim=True)
+    want = nn.functional.interpolate((want - low) / (high - low), 16, mode='bilinear')
+    assert torch.allclose(looked, want, atol=1e-5)
+
+
+def test_sketches_of_ugatit_are_the_mean_of_its_channels(data):
+    r, x = make('ugatit'), data.batch(range(2))['image']
+    with torch.no_grad():
+        want = r.nets['G_S'](x).mean(1, keepdim=True) / 2 + 0.5
+    assert torch.allclose(r.sketch(x), want, atol=1e-6)
+
+
+def test_spectral_norm_bounds_every_layer_of_ugatits_discriminators():
+    D = AttentionDiscriminator(16, 3, 4, 16)
+    convs = [m for v in D.views for m in (*v.layers, v.last) if hasattr(m, 'weight')]
+    assert convs and all(nn.utils.parametrize.is_parametrized(m, 'weight') for m in convs)
+
+
+def test_an_adaptive_block_adds_to_what_came_in():
+    block, x = AdaptiveBlock(4), torch.rand(2, 4, 6, 6)
+    assert torch.equal(block(x, torch.zeros(2, 4, 1, 1), torch.zeros(2, 4, 1, 1)), x)
 
 
 def test_pix2pix_overfits_a_few_pairs(data):
