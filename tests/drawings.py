@@ -1,4 +1,7 @@
-"""Twelve drawings by hand, four organs × three, and what renderers make of them: `python tests/drawings.py SHEET.png`."""
+"""Twelve drawings by hand, four organs × three, and what renderers make of them.
+
+`python tests/drawings.py SHEET.png` writes all of them as one picture.
+"""
 
 import sys
 from pathlib import Path

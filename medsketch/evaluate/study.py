@@ -13,7 +13,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +135,7 @@ def answer(
     if image not in images_left(study, reader): raise ValueError(f"image {image} is not asked, or was answered")
     path = _file(study, reader)
     kept = (path.read_text('utf-8').rpartition('\n')[0] + '\n') if path.exists() else ''
-    row = (study.id, image, said, f'{seconds:.1f}', datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    row = (study.id, image, said, f'{seconds:.1f}', datetime.now().astimezone().isoformat(timespec='seconds'))
     with atomic_write(path) as f: f.write(((kept if kept.strip() else ','.join(COLUMNS) + '\n') + ','.join(row) +
                                            '\n').encode())
 

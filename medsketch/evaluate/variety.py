@@ -76,7 +76,9 @@ def generator_scores(
     ratio = lambda distance, key, change=_small: np.divide(*over_halves(distance, change(made[key]), change(real[key]),
                                                                         halves))
     lines = lambda x: length_histograms((_small(x)[:, 0] > .3).long())
-    return dict(sameness=sameness(_small(made['sketch'])) / sameness(_small(real['sketch'])),
+    alike = [sameness(_small(x['sketch'])) for x in (made, real)]
+    return dict(sameness=alike[0] / alike[1],
                 swd=float(ratio(lambda a, b: swd(a, b)['mean'], 'sketch')),
                 continuity=continuity_distance(lines(real['sketch']), lines(made['sketch'])),
-                fid=float(ratio(fid, 'image', features)), copies=share_of_copies(made['image'], real['image'], subjects))
+                fid=float(ratio(fid, 'image', features)),
+                copies=share_of_copies(made['image'], real['image'], subjects))

@@ -44,8 +44,9 @@ class PatchDiscriminator(nn.Module):
         n = RECEPTIVE_FIELDS[receptive_field]
         self.layers, self.least = patch_layers(in_channels, ndf, n, norm), 2**(n + 1) + 2**n if n else 1
 
-    def pair(self, image, condition):
+    def pair(self, image, condition=None):
         "Both as one tensor. Raises `ValueError` if they do not fit"
+        if condition is None: condition = image[:, :0]
         if image.shape[:1] + image.shape[2:] != condition.shape[:1] + condition.shape[2:]:
             raise ValueError(f"image {tuple(image.shape)}, condition {tuple(condition.shape)}: batch or size differ")
         x = torch.cat([condition, image], 1)
@@ -54,11 +55,12 @@ class PatchDiscriminator(nn.Module):
                              f"{self.in_channels} channels and at least {self.least} pixels a side")
         return x.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, image, condition):
-        "(N, C, H, W) image and (N, C', H, W) sketch -> (N, 1, h, w) logits. Raises `ValueError` if they do not fit"
+    def forward(self, image, condition=None):
+        """(N, C, H, W) image and (N, C', H, W) sketch, if there is one -> (N, 1, h, w) logits.
+        Raises `ValueError` if they do not fit"""
         return self.layers(self.pair(image, condition))
 
-    def features(self, image, condition):
+    def features(self, image, condition=None):
         "What the hidden layers see in a pair: a list of (N, maps, h, w), fine to coarse"
         x, seen = self.pair(image, condition), []
         for layer in self.layers[:-1]:

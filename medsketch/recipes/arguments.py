@@ -24,7 +24,7 @@ BOUNDS = dict( # argument: (least, most), both allowed
     fmap_base=(1, 2**20), fmap_max=(1, 65_536), widths=(1, 65_536), ngf=(1, 4096), ngf_max=(1, 65_536),
     ndf=(1, 4096), depth=(1, 10), receptive_field=(1, 1024), lam=(0, 1e6), path_length=(0, 1e6), mixing=(0, 1),
     consistency=(0, 1e6), strokes=(0, 1000), matching=(0, 1e6), field=(.05, .71), r1=(0, 1e6), r1_every=(1, 10_000),
-    ada=(0, 1), soft=(0, 100), speck=(0, 2**20), resnet=(18, 101), net_width=(.01, 4), convs=(1, 8),
+    dropout=(0, .9), ada=(0, 1), soft=(0, 100), speck=(0, 2**20), resnet=(18, 101), net_width=(.01, 4), convs=(1, 8),
     confidence=(0, 1), refine=(0, 10), rank=(1, 4096), l2=(0, 1e6), lpips=(0, 1e6), cos=(0, 1e6), adv=(0, 1e6),
     segment_steps=(0, MOST), gan_steps=(0, MOST), moco_steps=(0, MOST), encoder_steps=(0, MOST),
     refine_steps=(0, MOST), cycle=(0, 1e6), cam=(0, 1e6), kl=(0, 1e6),

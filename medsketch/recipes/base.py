@@ -109,7 +109,7 @@ class ManySamples:
         "A copy that only draws, and sooner: the renderer `G_P` with its norms folded in"
         r = copy.copy(self)
         r.nets = {n: net for n, net in self.nets.items() if n in self.inference}
-        if hasattr(r.nets['G_P'], 'for_inference'): r.nets['G_P'] = r.nets['G_P'].for_inference(dtype)
+        if hasattr(r.nets.get('G_P'), 'for_inference'): r.nets['G_P'] = r.nets['G_P'].for_inference(dtype)
         return r
 
 # %% ../../nbs/06_recipes/00_base.ipynb #3cf8871d

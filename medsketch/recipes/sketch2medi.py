@@ -21,6 +21,7 @@ from ..models.resnet import stages_of
 from .base import Recipe, as_data, sized
 from .sketch_synth import SynthData, SynthDrawing, SynthStages, annotated, objects_dice
 from .stylegan2 import StyleGAN2
+from ..sketch.files import sketch_batch
 from ..train.contrast import KeyEncoder, MocoEncoder, MocoLoss, Views
 from ..train.losses import logistic_d, logistic_g, r1_penalty
 from ..train.stages import Stage
@@ -203,11 +204,7 @@ class Sketch2MedIDrawing(SynthDrawing):
                steps:int|None=None, # refinement steps; a number asks for the image of every step
               ): # (N, C, H, W) in [-1, 1]; with `steps` a list of steps + 1 of them
         "Render sketches. Raises `ValueError` for a sketch of another size or without a stroke"
-        s = torch.as_tensor(np.asarray(sketch) if not torch.is_tensor(sketch) else sketch)
-        s = s.to(self.device, torch.float32)
-        s, size = s.reshape(-1, 1, *s.shape[-2:]), self.config['size']
-        if s.shape[-2:] != (size, size):
-            raise ValueError(f"the sketch is {tuple(s.shape[-2:])} pixels, this recipe renders {size} × {size}")
+        s = sketch_batch(sketch, self.config['size']).to(self.device)
         self.need('G', 'E')
         trained = self.config['refine'] if 'H' in self.shared else 0
         nets, count = SimpleNamespace(**self.nets), trained if steps is None else steps
@@ -215,8 +212,6 @@ class Sketch2MedIDrawing(SynthDrawing):
         parts = [list(refine(nets, part, count)) for part in s.split(16)]
         made = [torch.cat(images).clamp(-1, 1) for images in zip(*parts)]
         return made[-1] if steps is None else made
-
-    def for_drawing(self, dtype=torch.float32): return self
 
     def sample(self,
                n:int, # how many

@@ -20,10 +20,10 @@ from ..models.pggan import PGDiscriminator, PGGenerator
 from ..models.unet import UNetRenderer
 from ..train.adversarial import Adversarial, RenderLosses, augmenter
 from .base import Recipe, with_int_keys
-from ..train.growth import half_at_last
+from ..sketch.files import sketch_batch
 from ..sketch.variants import add_variants, jitter
 from ..train.callbacks import Fade
-from ..train.growth import grow_reals
+from ..train.growth import grow_reals, half_at_last
 from ..train.losses import l1, logistic_d, logistic_g, r1_penalty
 from ..train.stages import Stage
 from ..train.trainer import Phase
@@ -195,11 +195,7 @@ class SkrGANDrawing:
                any_size:bool=False, # not the recipe's alone; strokes should stay as wide as in training, in pixels
               ) -> torch.Tensor: # (N, C, H, W) in [-1, 1]
         "Render sketches. Raises `ValueError` if their size is not the recipe's, or not one that its network takes"
-        s = torch.as_tensor(np.asarray(sketch) if not torch.is_tensor(sketch) else sketch)
-        s = s.to(self.device, torch.float32)
-        s, size = s.reshape(-1, 1, *s.shape[-2:]), self.config['size']
-        if s.shape[-2:] != (size, size) and not any_size:
-            raise ValueError(f"the sketch is {tuple(s.shape[-2:])} pixels, this recipe renders {size} × {size}")
+        s = sketch_batch(sketch, None if any_size else self.config['size']).to(self.device)
         self.need('G_P')
         return torch.cat([self.nets['G_P'](part * 2 - 1) for part in s.split(16)])
 
@@ -258,7 +254,7 @@ class SkrGAN(SkrGANScales, SkrGANStages, SkrGANParts, SkrGANDrawing, Recipe):
                  augment:str='none', # 'mirror' where left and right are alike; what moves real images only leaks
                  style:str='generic', # sketch style, for data that comes without sketches
                  variants:bool=False, # render stage: many sketch variants of each image, so that people can draw
-                 aligned:bool=False, # of variants only their width is changed, and Canny's are left out: strokes stay on vessels
+                 aligned:bool=False, # variants change in width alone, and Canny's are left out: strokes lie on vessels
                  consistency:float=0., # render stage: weight of the change an edit makes where nothing was edited
                  strokes:float=0., # render stage: L1 counts so many times more near a stroke
                  matching:float=0., # render stage: weight of feature matching in D_P; about 10 for sharper images
