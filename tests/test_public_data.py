@@ -1,5 +1,6 @@
 "Public sets by name, from archives in their true layout on a server of this machine: nothing here needs a network."
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -342,6 +343,22 @@ def test_a_truncated_answer_is_never_taken_for_the_file(server, tmp_path):
     assert fetch(url, tmp_path).stat().st_size == 50_000
 
 
+def test_an_answer_that_ends_early_without_an_error_is_noticed(server, tmp_path, monkeypatch):
+    "As urllib3 did before its version 2"
+    import requests
+
+    whole = requests.Response.iter_content
+
+    def silently(self, *args, **kw):
+        with contextlib.suppress(requests.RequestException):
+            yield from whole(self, *args, **kw)
+
+    monkeypatch.setattr(requests.Response, "iter_content", silently)
+    data = RNG.bytes(50_000)
+    url, server.most = server.put("a.zip", data), 20_000
+    assert fetch(url, tmp_path, tell=quiet).read_bytes() == data
+
+
 def test_a_wrong_checksum_is_refused_and_nothing_stays(server, tmp_path):
     url = server.put("a.zip", b"not it")
     with pytest.raises(RuntimeError, match="not the file that was expected"):
@@ -464,6 +481,12 @@ def test_a_mask_without_an_image_goes_and_an_image_without_one_stays(tmp_path):
     assert "note: 1 images were found, 28 were expected" in lines and "note: 1 images have no mask" in lines
 
 
+def test_terms_that_are_not_accepted_stop_a_script_too(tmp_path):
+    with pytest.raises(ValueError, match="CC BY 4.0.*accept_licence=True"):
+        get_public("chase_db1", tmp_path / "set", archives=from_hand(tmp_path, [chase()]), tell=quiet)
+    assert not (tmp_path / "set").exists()
+
+
 # what is half done, and what is somebody's
 
 
@@ -486,21 +509,21 @@ def test_an_interrupted_unpacking_leaves_nothing_half(server, tmp_path, monkeypa
     assert len(find_cases(tmp_path / "set")) == 4
 
 
-def test_a_stop_while_results_move_goes_on_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_stop_while_results_move_goes_on_too(tmp_path, monkeypatch, at):
     rename, n = os.rename, []
 
     def stops(a, b):
         n.append(1)
-        if len(n) == 3:
+        if len(n) == at:
             raise KeyboardInterrupt
         rename(a, b)
 
-    monkeypatch.setattr(os, "rename", stops)
     hand = from_hand(tmp_path, [chase()])
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(os, "rename", stops)
         get_public("chase_db1", tmp_path / "set", True, hand, quiet)
-    assert not (tmp_path / "set/manifest.csv").exists()
-    monkeypatch.setattr(os, "rename", rename)
+    assert not (tmp_path / "set/manifest.csv").exists()  # it comes last: a folder with a table is whole
     get_public("chase_db1", tmp_path / "set", True, hand, quiet)
     assert len(find_cases(tmp_path / "set")) == 4 and not (tmp_path / "set/.chase_db1").exists()
 
