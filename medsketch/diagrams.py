@@ -114,7 +114,7 @@ def border(
     t = min(w / 2 / max(abs(dx), 1e-6), h / 2 / max(abs(dy), 1e-6))
     return x + t * dx, y + t * dy
 
-# %% ../nbs/00_diagrams.ipynb #ad6bf103
+# %% ../nbs/00_diagrams.ipynb #8cc4bb52
 class Labels(Layout):
     "What the arrows say, and where"
     def line(self, a, b): # the two ends of an arrow
@@ -133,7 +133,7 @@ class Labels(Layout):
         for (a, p), (b, q) in combinations(shown, 2):
             if all(abs(p[k] - q[k]) < (p[k + 2] + q[k + 2]) / 2 - 1 for k in (0, 1)):
                 raise ValueError(f"{a!r} and {b!r} overlap: shorten a label, or place them elsewhere")
-        for t, (x, y, w, h) in shown:
+        for t, (x, y, w, h) in [*shown, (self.note, (WIDE / 2, 0, width(self.note) + 12, 22))]:
             if not w / 2 <= x <= WIDE - w / 2: raise ValueError(f"{t!r} is cut off: shorten it")
         for a, b, *_ in self.arrows:
             p, q = map(np.array, self.line(a, b))

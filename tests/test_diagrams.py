@@ -11,6 +11,14 @@ import torch
 
 from medsketch.data import phantom_data
 from medsketch.diagrams import traffic, untrue
+from medsketch.models.encoder import SketchEncoder
+from medsketch.models.fib import GrowingGenerator, ResidualGenerator
+from medsketch.models.hyper import HyperNetwork
+from medsketch.models.patchgan import PatchDiscriminator
+from medsketch.models.pggan import PGGenerator
+from medsketch.models.solov2 import SOLOv2
+from medsketch.models.stylegan2 import StyleGenerator
+from medsketch.models.unet import UNetRenderer
 from medsketch.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +86,41 @@ def test_every_baseline_has_the_shapes_of_their_diagram(name):
     assert untrue(diagram("06_recipes/02_baselines")[0], of(name, "fundus")) == []
 
 
-@pytest.mark.parametrize("page", [*SYSTEMS, "06_recipes/02_baselines"])
+def hyper_seen():
+    G = StyleGenerator(32, 3, 32, 32, 512, 32, depth=2)
+    H = HyperNetwork(G.synthesis, 32, 3, 18, 0.25, 16)
+    return traffic({"G": G, "H": H}, lambda: H(torch.zeros(2, 1, 32, 32), G(torch.zeros(2, 32))))
+
+
+def fade_in_seen():
+    G = GrowingGenerator(ResidualGenerator(3, 1, 4, 1), 32, 64, 3, 1, 4, 0.5)
+    return traffic({"G": G}, lambda: G(torch.zeros(2, 3, 64, 64), 0.3))
+
+
+def seen(name, net, *given):
+    return traffic({name: net}, lambda: net(*given))
+
+
+NETWORKS = {
+    "04_models/02_pggan": lambda: seen("G", PGGenerator(32, 3, 32, 256, 32), torch.zeros(2, 32), 16, 0.3),
+    "04_models/03_unet": lambda: seen("G_P", UNetRenderer(64, 1, 3, 16, 64, 3), torch.zeros(2, 1, 64, 64)),
+    "04_models/04_patchgan": lambda: seen("D_P", PatchDiscriminator(4), *torch.zeros(2, 4, 128, 128).split([3, 1], 1)),
+    "04_models/06_fib": fade_in_seen,
+    "04_models/08_stylegan2": lambda: seen("G", StyleGenerator(32, 3, 32, 32, 512, 32, depth=2), torch.zeros(2, 32)),
+    "04_models/11_solov2": lambda: seen(
+        "S", SOLOv2(3, 4, 18, 0.25, (20, 18, 12, 8, 6), 1, 1), torch.zeros(2, 3, 64, 64)
+    ),
+    "04_models/12_encoder": lambda: seen("E", SketchEncoder(64, 10, 32, 18, 0.25), torch.zeros(2, 1, 64, 64)),
+    "04_models/13_hyper": hyper_seen,
+}
+
+
+@pytest.mark.parametrize("page", NETWORKS)
+def test_a_network_has_the_shapes_that_its_diagram_says(page):
+    assert untrue(diagram(page)[0], NETWORKS[page]()) == []
+
+
+@pytest.mark.parametrize("page", [*SYSTEMS, "06_recipes/02_baselines", *NETWORKS])
 def test_the_stored_picture_is_the_diagram_of_its_list(page):
     shown, cell = diagram(page)
     (output,) = cell["outputs"]

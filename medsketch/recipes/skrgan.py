@@ -257,7 +257,7 @@ class SkrGAN(SkrGANScales, SkrGANStages, SkrGANParts, SkrGANDrawing, Recipe):
                  augment:str='none', # 'mirror' where left and right are alike; what moves real images only leaks
                  style:str='generic', # sketch style, for data that comes without sketches
                  variants:bool=False, # render stage: many sketch variants of each image, so that people can draw
-                 aligned:bool=False, # of variants only the width changes, and Canny's are left out: strokes stay on vessels
+                 aligned:bool=False, # variants of other widths alone, without Canny's: strokes stay on vessels
                  consistency:float=0., # render stage: weight of the change an edit makes where nothing was edited
                  strokes:float=0., # render stage: L1 counts so many times more near a stroke
                  matching:float=0., # render stage: weight of feature matching in D_P; about 10 for sharper images
