@@ -6,7 +6,7 @@ root = Path(__file__).resolve().parents[1]
 
 # section -> what stands in it, in this order: a notebook, or a folder with all of its notebooks in file order
 SECTIONS = {
-    "Start": ["index.ipynb"],
+    "Start": ["index.ipynb", "glossary.ipynb"],
     "Tutorials": ["tutorials/draw.ipynb", "tutorials/skrgan.ipynb", "tutorials/dualgan.ipynb", "tutorials"],
     "Data": ["01_phantoms", "02_data"],
     "Sketch": ["03_sketch"],
@@ -15,8 +15,8 @@ SECTIONS = {
     "Systems": ["06_recipes", "09_pretrained.ipynb"],
     "Evaluation": ["07_evaluate"],
     "Studio": ["08_studio"],
-    "Reference": ["00_core.ipynb", "10_datasheet.ipynb", "10_dicom.ipynb", "10_processes.ipynb", "10_export.ipynb",
-                  "12_share.ipynb", "11_cli"],
+    "Reference": ["00_core.ipynb", "00_diagrams.ipynb", "10_datasheet.ipynb", "10_dicom.ipynb", "10_processes.ipynb",
+                  "10_export.ipynb", "12_share.ipynb", "11_cli"],
 }
 
 
