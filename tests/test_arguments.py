@@ -206,7 +206,7 @@ OPTIONS = {
     "train skrgan --data {photos}": (2, "--out"),
     "train skrgan --out x": (2, "--data"),
     "train": (2, "'recipe'"),
-    "train cyclegan --data {photos} --out x": (1, "skrgan"),
+    "train stargan --data {photos} --out x": (1, "skrgan"),
     "train {run} --data {photos} --out x": (1, "--resume"),
 }
 
@@ -354,7 +354,7 @@ SCORES = {
     CMP + "--precision x": (1, "bf16"),
     CMP + "--scale x": (1, "tour"),
     CMP + "--metrics beauty": (1, "beauty"),
-    CMP + "--recipes cyclegan": (1, "no recipe is called"),
+    CMP + "--recipes stargan": (1, "no recipe is called"),
     CMP + "--recipes ''": (1, "empty"),
     CMP + "--resamples x": (2, "--resamples"),
     CMP: (1, "at least 12"),

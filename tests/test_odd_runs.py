@@ -77,7 +77,7 @@ CONFIGS = {
     "very deep": (text("config.json", b"[" * 100_000), "cannot be read"),
     "a folder": (folder("config.json"), "holds no run"),
     "recipe is a number": (entry(recipe=3), "odd 'recipe'"),
-    "recipe is unknown": (entry(recipe="cyclegan"), "no recipe is called 'cyclegan'"),
+    "recipe is unknown": (entry(recipe="stargan"), "no recipe is called 'stargan'"),
     "another recipe": (entry(recipe="wgan"), "no argument"),
     "arguments are a list": (lambda d: set_to(d, "config", [1]), "odd 'config'"),
     "arguments are a text": (lambda d: set_to(d, "config", "size"), "odd 'config'"),
