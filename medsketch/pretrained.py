@@ -118,7 +118,8 @@ PRETRAINED = dict(
         'Lesions are not drawn reliably, and the field of view is always round.', stages=('sketch', 'render'),
         how='sketches, 500 batches at 32 px and 900 at 64 on phantoms, then 1,200 at 64 and 1,500 at 128 on the '
         'photographs, and after 300 at 256 px, which were no better, 2,066 more at 128 (learning rate 0.002): that '
-        'is what it draws, and enlarges; renderer, 1,500 batches with λ = 100 and displaced sketches, then 1,850 with the arguments above'),
+        'is what it draws, and enlarges; '
+        'renderer, 1,500 batches with λ = 100 and displaced sketches, then 1,850 with the arguments above'),
     chest_xray=Pretrained(
         _chest, LARGE | dict(channels=1, style='chest_xray', ngf=24, render_steps=1250, consistency=20.),
         'COVID-19 Image Repository (Winther et al. 2020, Hannover Medical School; 75 films)', 'CC BY 3.0',
