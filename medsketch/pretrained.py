@@ -328,6 +328,7 @@ def _from_noise(rows, found):
 {rows}
 """
 
+# %% ../nbs/09_pretrained.ipynb #3f2468f1
 def _card(name, p, r, s, path):
     "The model card, from what is known"
     scores = s['variants'] | {'*mean training image*': s['mean_image']}

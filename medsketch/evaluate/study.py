@@ -123,6 +123,7 @@ def images_left(
     said, names = answers_of(study, reader), np.array(list(study.sources))
     return [str(n) for n in np.random.default_rng(seed).permutation(names) if n not in said]
 
+# %% ../../nbs/07_evaluate/16_study.ipynb #c1a69051
 def answer(
     study:Study,
     reader:str, # their name

@@ -55,6 +55,7 @@ class _Answers(w.VBox):
         self.picture.value = self.study.image(self.left[0]).read_bytes()
         self.children, self.shown = [self.script, self.ask, self.picture, self.buttons, self.say], self.clock()
 
+# %% ../../nbs/08_studio/11_study.ipynb #f8e6d3a5
 class StudyPage(_Answers):
     "The page of a reader study"
     pause = .3 # seconds in which a new image takes no answer
