@@ -299,7 +299,7 @@ DRAWING = {
     "sample": (2, "'run'"),
     "sample ./nowhere --out x": (1, "does not exist"),
     "sample {empty}/run --out x": (1, "does not exist"),
-    "sample nowhere.safetensors --out x": (1, "no weights are called"),
+    "sample nowhere.safetensors --out x": (1, "does not exist"),
     "sample a/b/c --out x": (1, "does not exist"),
     "sample '' --out x": (1, "is empty"),
     "sample {empty} --out x": (1, "does not exist"),
