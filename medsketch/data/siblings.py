@@ -78,6 +78,7 @@ def masks_by_looks(
     out = {}
     for s, members in sets.items():
         if s[0] == 'folder' and sum(o[:2] == s[:2] for o in sets) > MOST_FOLDERS: continue
+        if s[0] == 'folder' and Path(s[2]).name.lower() in ('image', 'images'): continue   # it says what it holds
         if len(members) == 1 and s[0] == 'word' and not next(iter(members.values()))[0][1]: continue
         partners = {p: _partners(keys, members, table) for p, keys in members.items()}
         if _are_masks(partners) or s[0] == 'folder' and _called_masks(s[2], members, files):
