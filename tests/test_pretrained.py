@@ -66,7 +66,7 @@ def test_a_vessel_that_is_erased_goes_and_the_rest_stays(vessel):
     before, after = (torch.as_tensor(eye_strokes(**k)) for k in ({}, {'without': vessel}))
     edited = cv2.dilate(((before - after)[0].abs() > 0.1).numpy().astype(np.uint8), np.ones((15, 15))) > 0
     change = (load('fundus').render(before) - load('fundus').render(after)).abs().mean((0, 1)).numpy()
-    assert change[edited].mean() >= 3 * change[~edited].mean()
+    assert change[edited].mean() >= 4 * change[~edited].mean()
 
 
 def test_a_vessel_that_is_drawn_darkens_the_image_where_it_runs():
