@@ -110,8 +110,8 @@ NO_PATIENT = LIMITS + 'It has seen drawn phantoms only, never a patient.'
 
 PRETRAINED = dict(
     fundus=Pretrained(
-        _fundus, LARGE | WHOLE | dict(style='fundus', ngf=32, field=.48, render_steps=3350, aligned=True, lam=20.,
-                                      strokes=10., matching=10.),
+        _fundus, LARGE | WHOLE | dict(style='fundus', ngf=32, field=.48, render_steps=3395, aligned=True, lam=20.,
+                                      strokes=10., matching=10., consistency=50.),
         'CHASE_DB1 (Fraz et al. 2012; 20 photographs of 10 children) and HRF (Budai et al. 2013; 16 photographs), '
         'each seen through five windows', 'CC BY 4.0', 'photograph of the retina',
         LIMITS + 'A few dozen eyes, mostly of children and of healthy adults, from two cameras. '
@@ -119,7 +119,8 @@ PRETRAINED = dict(
         how='sketches, 500 batches at 32 px and 900 at 64 on phantoms, then 1,200 at 64 and 1,500 at 128 on the '
         'photographs, and after 300 at 256 px, which were no better, 2,066 more at 128 (learning rate 0.002): that '
         'is what it draws, and enlarges; '
-        'renderer, 1,500 batches with λ = 100 and displaced sketches, then 1,850 with the arguments above'),
+        'renderer, 1,500 batches with λ = 100 and displaced sketches, then 1,850 with '
+        'the arguments above but for the consistency, and 45 with it'),
     chest_xray=Pretrained(
         _chest, LARGE | dict(channels=1, style='chest_xray', ngf=24, render_steps=1250, consistency=20.),
         'COVID-19 Image Repository (Winther et al. 2020, Hannover Medical School; 75 films)', 'CC BY 3.0',
