@@ -89,7 +89,8 @@ class _Unfilled(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         fills = func in self.FILLS or getattr(func, '__module__', '') == 'torch.nn.init'
-        if fills or func in self.SCALES and getattr(args[1], 'ndim', 0) == 0: return args[0] if args else kwargs['tensor']
+        scales = func in self.SCALES and getattr(args[1], 'ndim', 0) == 0
+        if fills or scales: return args[0] if args else kwargs['tensor']
         if func in (torch.mv, torch.vdot): return args[0].new_empty(args[0].shape[:-1])  # in spectral norm
         return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
