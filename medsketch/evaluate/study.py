@@ -153,6 +153,7 @@ def fleiss_kappa(
     chance = ((c.sum(0) / c.sum())**2).sum()
     return float((agree.mean() - chance) / (1 - chance)) if chance < 1 else float('nan')
 
+# %% ../../nbs/07_evaluate/16_study.ipynb #studyscores1
 @dataclass(frozen=True)
 class StudyScores:
     "What a study has shown"
