@@ -11,7 +11,7 @@ import benchmarks
 from benchmarks.common import REFERENCE, measure_peak, table
 from medsketch.core import keep_memory
 
-SHARED = ('common', '__main__', 'small_data')  # the last is an experiment, run by itself
+SHARED = ('common', '__main__', 'small_data', 'diffusion')  # the last two are experiments, run by themselves
 
 
 def main(wanted):
