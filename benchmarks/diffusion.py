@@ -37,7 +37,7 @@ def systems(a, channels):
     same = {'size': a.size, 'channels': channels}
     w = a.width
     return {
-        'diffusion': Diffusion(**same, width=w, steps=FOREVER, batch_size=a.batch),
+        'diffusion': Diffusion(**same, width=w, steps=FOREVER, batch_size=a.batch, lr=a.lr),
         'skrgan': SkrGAN(
             **same, ngf=3 * w // 4, ngf_max=3 * w, depth=5, receptive_field=34, render_steps=FOREVER, batch_size=16
         ),
@@ -211,6 +211,7 @@ def main():
     p.add_argument('--size', type=int, default=64, help='pixels')
     p.add_argument('--width', type=int, default=64, help='feature maps of the diffusion U-Net')
     p.add_argument('--batch', type=int, default=64, help='pairs in a batch of the diffusion model')
+    p.add_argument('--lr', type=float, default=3e-4, help='learning rate of the diffusion model')
     p.add_argument('--test', type=int, default=200, help='images to score with, which nothing was trained on')
     p.add_argument('--only', choices=('diffusion', 'skrgan'), help='train this one, and score nothing')
     run(p.parse_args())
