@@ -81,10 +81,11 @@ class DiffusionStage:
         return [Stage('denoise', ('U',), [Phase('U', epsilon_loss, adam)], c['steps'], batches, average=('U',),
                       draw=lambda: self.rendered(data))]
 
-# %% ../nbs/tutorials/diffusion.ipynb #06baafb6
+# %% ../nbs/tutorials/diffusion.ipynb #c734f8c5
 class Diffusion(DiffusionStage, Rendering, RenderedSamples, Recipe):
     "Sketch to image by conditional diffusion (Ho et al. 2020, Song et al. 2021)"
     inference, least = ('U',), 16
+    presets = dict(tour=dict(size=32, width=16, lr=4e-3, batch_size=8, steps=40), gpu=dict())
 
     def __init__(self,
                  size:int=64, # side of images and sketches, pixels (power of two from 16)
