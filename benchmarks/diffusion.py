@@ -211,7 +211,7 @@ def main():
     p.add_argument('--size', type=int, default=64, help='pixels')
     p.add_argument('--width', type=int, default=64, help='feature maps of the diffusion U-Net')
     p.add_argument('--batch', type=int, default=64, help='pairs in a batch of the diffusion model')
-    p.add_argument('--lr', type=float, default=3e-4, help='learning rate of the diffusion model')
+    p.add_argument('--lr', type=float, default=5e-4, help='learning rate of the diffusion model')
     p.add_argument('--test', type=int, default=200, help='images to score with, which nothing was trained on')
     p.add_argument('--only', choices=('diffusion', 'skrgan'), help='train this one, and score nothing')
     run(p.parse_args())

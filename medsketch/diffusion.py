@@ -82,7 +82,7 @@ class DiffusionStage:
         return [Stage('denoise', ('U',), [Phase('U', velocity_loss, adam)], c['steps'], batches, average=('U',),
                       draw=lambda: self.rendered(data))]
 
-# %% ../nbs/tutorials/diffusion.ipynb #03055dd1
+# %% ../nbs/tutorials/diffusion.ipynb #279068cc
 class Diffusion(DiffusionStage, Rendering, RenderedSamples, Recipe):
     "Sketch to image by conditional diffusion (Ho et al. 2020, Song et al. 2021, Salimans & Ho 2022)"
     inference, least = ('U',), 16
@@ -92,7 +92,7 @@ class Diffusion(DiffusionStage, Rendering, RenderedSamples, Recipe):
                  size:int=64, # side of images and sketches, pixels (power of two from 16)
                  channels:int=3, # of the images: 3 colour, 1 grey, or the number of modalities
                  width:int=64, # feature maps of the U-Net's outermost level, a multiple of 4
-                 lr:float=3e-4, # learning rate
+                 lr:float=5e-4, # learning rate
                  steps:int=50_000, # batches
                  batch_size:int=64, # pairs per batch
                  augment:str='none', # 'mirror' where left and right are alike
