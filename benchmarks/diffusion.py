@@ -39,7 +39,14 @@ def systems(a, channels):
     return {
         'diffusion': Diffusion(**same, width=w, steps=FOREVER, batch_size=a.batch, lr=a.lr),
         'skrgan': SkrGAN(
-            **same, ngf=3 * w // 4, ngf_max=3 * w, depth=5, receptive_field=34, render_steps=FOREVER, batch_size=16
+            **same,
+            ngf=3 * w // 4,
+            ngf_max=3 * w,
+            ndf=w,
+            depth=5,
+            receptive_field=34,
+            render_steps=FOREVER,
+            batch_size=16,
         ),
     }
 
