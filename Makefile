@@ -21,7 +21,7 @@ $(VENV)/.core: settings.ini setup.py constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) -c constraints.txt -e '.[dev,lab,volumes,seg,hub,onnx,data,retrieve]'
+	$(PIP) -c constraints.txt -e '.[dev,lab,volumes,seg,hub,onnx,data,retrieve,diffusion]'
 	@touch $@
 
 demo: $(VENV)/.core

@@ -11,7 +11,7 @@ import benchmarks
 from benchmarks.common import REFERENCE, measure_peak, table
 from medsketch.core import keep_memory
 
-SHARED = ('common', '__main__', 'small_data', 'gpu')  # the last two are run by themselves
+SHARED = ('common', '__main__', 'small_data', 'diffusion', 'gpu')  # the last three are run by themselves
 
 
 def main(wanted):

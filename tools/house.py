@@ -12,7 +12,7 @@ WIDTH, CELL, FUNCTION, MODULE, PICTURE = 120, 40, 40, 400, 800
 
 # What a package or module may import from: those before it. A page never looks up.
 ORDER = ["core", "diagrams", "phantoms", "data", "sketch", "models", "train", "recipes", "evaluate",
-         "pretrained", "studio", "datasheet", "synthetic_dicom", "processes", "export", "share", "cli"]
+         "diffusion", "pretrained", "studio", "datasheet", "synthetic_dicom", "processes", "export", "share", "cli"]
 FACE = "recipes.base"  # all that `evaluate` may know of recipes
 
 # Words that meant something of our own here, for which the field has its words
