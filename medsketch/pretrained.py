@@ -83,7 +83,7 @@ def _chest(folder, size):
     return load_images(folder/'chest_xray/mhh_covid', size, channels=1, fit='crop', normalise='percentile',
                        manifest=folder/'manifest.csv')
 
-def _phantoms(kind, n=400): return lambda folder, size: phantom_data(kind, n, size)
+def _phantoms(kind, n=400, seed=0): return lambda folder, size: phantom_data(kind, n, size, seed=seed)
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -97,6 +97,8 @@ class Pretrained:
     recipe: str = 'skrgan' # that it is trained by
     stages: tuple = ('render',) # that are trained; with 'sketch' it draws from noise as well
     how: str = '' # what was done, where it was more than the command on the card does
+    held: callable = None # f(folder, size) -> images held back; a part of `data`, by subject, if not given
+    machine: str = 'a CPU' # that it was trained on
 
 # %% ../nbs/09_pretrained.ipynb #25117430
 LIMITS = 'For learning and for trying out drawing. What a sketch leaves open is made up. '
@@ -120,24 +122,30 @@ PRETRAINED = dict(
         'photographs, and after 300 at 256 px, which were no better, 2,066 more at 128 (learning rate 0.002): that '
         'is what it draws, and enlarges; '
         'renderer, 1,500 batches with λ = 100 and displaced sketches, then 1,850 with '
-        'the arguments above but for the consistency, and 45 with it'),
+        'the arguments above but for the consistency, and 45 with it; 4,272 more, of 8, on an NVIDIA H100, and of the '
+        'weights before and after those 0.8 and 0.2 (Wortsman et al. 2022), batch norm half estimated anew'),
     chest_xray=Pretrained(
-        _chest, LARGE | dict(channels=1, style='chest_xray', ngf=24, render_steps=1250, consistency=20.),
+        _chest, LARGE | dict(channels=1, style='chest_xray', ngf=24, batch_size=8, render_steps=5038, aligned=True,
+                             lam=20., strokes=4., matching=10., consistency=20.),
         'COVID-19 Image Repository (Winther et al. 2020, Hannover Medical School; 75 films)', 'CC BY 3.0',
         'chest X-ray',
         LIMITS + 'Films of patients with COVID-19 in one hospital, many of them taken in bed: '
-        'cables and hazy lungs are part of what it has learned.'),
+        'cables and hazy lungs are part of what it has learned.', machine='an NVIDIA H100',
+        how='1,250 batches of 4 with λ = 100 on a CPU before those'),
     lung_ct=Pretrained(
         _phantoms('lung_ct'), DRAWN | dict(channels=1, style='lung_ct'), 'phantoms drawn by `medsketch.phantoms`',
         'Apache 2.0', 'drawn phantom of a lung CT slice', NO_PATIENT),
     brain_mri=Pretrained(
-        _phantoms('brain_mri'), DRAWN | dict(channels=4, style='brain_mri'), 'phantoms drawn by `medsketch.phantoms`',
-        'Apache 2.0', 'drawn phantom of a brain MR slice in four contrasts', NO_PATIENT),
+        _phantoms('brain_mri'), LARGE | dict(channels=4, style='brain_mri', ngf=24, batch_size=8, augment='flip',
+                                             render_steps=5150, aligned=True, lam=20., strokes=6., matching=10.,
+                                             consistency=20.),
+        'phantoms drawn by `medsketch.phantoms`', 'Apache 2.0', 'drawn phantom of a brain MR slice in four contrasts',
+        NO_PATIENT, held=_phantoms('brain_mri', 60, seed=1), machine='an NVIDIA H100'),
     ultrasound=Pretrained(
-        _phantoms('ultrasound', 1000), dict(size=128, channels=1, classes=3, ngf=16, ndf=24, fade_maps=16,
-                                            base_steps=1200, grow_steps=200, full_steps=700),
+        _phantoms('ultrasound', 500), dict(size=256, channels=1, classes=3, ngf=24, ndf=32, fade_maps=16, batch_size=8,
+                                           base_steps=1275, grow_steps=255, full_steps=1190),
         'phantoms drawn by `medsketch.phantoms`', 'Apache 2.0', 'drawn phantom of an ultrasound scan of an ovary',
-        NO_PATIENT, 'pgsgan'))
+        NO_PATIENT, 'pgsgan', held=_phantoms('ultrasound', 60, seed=1), machine='an NVIDIA H100'))
 
 # %% ../nbs/09_pretrained.ipynb #2f0562a3
 WEIGHTS = Path(__file__).parent/'weights' if '__file__' in globals() else Path('../medsketch/weights')
@@ -219,7 +227,8 @@ def pretraining_data(
 ) -> tuple: # images to train on, images held back (no subject on both sides)
     "The images a packaged renderer was trained on, and those held back. Raises `ValueError` if they are not there"
     p = PRETRAINED[name]
-    return split_by_subject(p.data(Path(folder or '.'), size or p.config['size']), (.85, .15), seed=0)
+    data, *held = (f(Path(folder or '.'), size or p.config['size']) for f in (p.data, p.held) if f)
+    return (data, *held) if held else split_by_subject(data, (.85, .15), seed=0)
 
 def pretrain(
     name:str, # a key of `PRETRAINED`
@@ -346,7 +355,7 @@ Renders a {NEEDS[p.recipe]} as a {p.shows}, {c['size']} × {c['size']} pixels. *
 - **Network**: {NETWORKS[p.recipe]}, {millions:.1f} million weights in 16 bits, {size}
 - **Images**: {p.source}; {p.licence}. Trained on {s['trained']}, scored on {s['held']} of other subjects
 - **Training**: `medsketch pretrain {name}{needs} --out RUN`; {steps} batches of {batch},
-  on a CPU, seed {c['seed']}{p.how and '. What was done: ' + p.how}
+  on {p.machine}, seed {c['seed']}{p.how and '. What was done: ' + p.how}
 - **Date**: {date.today().isoformat()}
 
 ## Scores on the images held back
