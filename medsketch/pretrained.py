@@ -110,6 +110,7 @@ WHOLE = dict(latent_dim=64, widths={4: 96, 8: 96, 16: 64, 32: 32, 64: 16, 128: 1
              batches={64: 1200, 128: 4000, 256: 1}, batch_size={64: 12, 128: 12, 256: 4}, **VARIED) # with a sketch pair
 NO_PATIENT = LIMITS + 'It has seen drawn phantoms only, never a patient.'
 
+# %% ../nbs/09_pretrained.ipynb #pretrdict1
 PRETRAINED = dict(
     fundus=Pretrained(
         _fundus, LARGE | WHOLE | dict(style='fundus', ngf=32, field=.48, render_steps=3395, aligned=True, lam=20.,
