@@ -18,7 +18,7 @@ from medsketch.recipes.skrgan import JointLosses
 from medsketch.train.adversarial import Adversarial, RenderLosses
 from medsketch.train.callbacks import Callback
 from medsketch.train.stages import Stage, read_config
-from medsketch.train.trainer import Phase
+from medsketch.train.trainer import Phase, make_accelerator
 
 os.environ['ACCELERATE_USE_CPU'] = 'true'  # "to the last bit" is a promise for the CPU
 
@@ -441,3 +441,12 @@ def test_imagedata_of_floats_is_what_it_says():
     x = torch.rand(4, 3, 16, 16) * 2 - 1
     made = DCGAN(**PAIR).fit(ImageData(x.numpy()), progress=False).sample(2)['image']
     assert made.isfinite().all()
+
+
+def test_networks_of_other_stages_go_where_training_happens_too(data, monkeypatch):
+    "A sketch generator that stays behind on the CPU would say that the renderer's batches belong there"
+    moved = []
+    to = Recipe.to
+    monkeypatch.setattr(Recipe, 'to', lambda self, device: moved.append(device) or to(self, device))
+    SkrGAN(**SKR).fit(data, stages=['render'], progress=False)
+    assert moved == [make_accelerator().device]

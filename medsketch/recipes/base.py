@@ -216,6 +216,7 @@ class Fitting:
         "Train stage by stage. Raises `ValueError` if data or run do not fit, `TrainingDiverged` on NaN"
         self.workers = 2 * (default_device().type == 'cuda') if workers is None else workers
         data, more, notes = self.prepare(data, more)
+        self.to(make_accelerator().device)  # all: those of other stages are used beside them
         todo = self.stages(data, more)
         chosen = choose(todo, stages)
         notes = notes | self._start(init, out and Path(out), resume)
