@@ -6,7 +6,7 @@
 __all__ = ['SCALES', 'PALETTE', 'seed_everything', 'torch_rng', 'default_device', 'keep_memory', 'scale', 'by_scale',
            'check_size', 'atomic_write', 'weights_name', 'to_uint8', 'to_uint16', 'from_uint8', 'pictures',
            'sketch_to_uint8', 'mask_to_rgb', 'to_pixels', 'interactive', 'markdown_table', 'grid', 'sample_grid',
-           'enlarge', 'add_labels', 'show_images', 'png_bytes', 'save_png', 'save_grid', 'show_movie']
+           'enlarge', 'add_labels', 'show_images', 'png_bytes', 'save_png', 'save_grid']
 
 # %% ../nbs/00_core.ipynb #012a9c0a
 import contextlib
@@ -356,17 +356,3 @@ def save_grid(
 ):
     "Tile pictures and write them as one PNG"
     save_png(path, grid(images, cols, kind=kind))
-
-# %% ../nbs/00_core.ipynb #movie-code
-def show_movie(
-    pictures, # [(H, W, 3) uint8], two or more, all of one size
-    fps:float=8., # pictures a second
-    width:int=800, # on the page, pixels
-):
-    "Show an animation on the page, forward and back without end. Raises `ValueError` for a single picture"
-    frames = [Image.fromarray(p).quantize(128, dither=Image.Dither.NONE) for p in pictures]
-    if len(frames) < 2: raise ValueError("an animation needs two pictures or more")
-    f, (first, *more) = io.BytesIO(), [*frames, *frames[-2:0:-1]]
-    first.save(f, format='GIF', save_all=True, append_images=more, duration=round(1000 / fps), loop=0, optimize=True)
-    from IPython.display import Image as Shown, display
-    display(Shown(f.getvalue(), format='gif', width=width))

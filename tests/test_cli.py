@@ -25,19 +25,6 @@ TINY = (
 )
 
 
-@pytest.fixture
-def medsketch(capsys):
-    "Run a command line in this process: (exit status, stdout, stderr)"
-
-    def run(line):
-        with pytest.raises(SystemExit) as stop:
-            main(line.split())
-        out = capsys.readouterr()
-        return stop.value.code, out.out, out.err
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     "A folder of eight phantom photographs, 32 px"

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medsketch.cli import main
 from medsketch.data import archives, public
 from medsketch.data.archives import fetch, members, noted_checksums, resuming
 from medsketch.data.cases import find, find_cases, pair
@@ -581,18 +580,6 @@ def test_without_a_token_it_says_how_to_get_one(server, tmp_path, monkeypatch):
 
 
 # the command
-
-
-@pytest.fixture
-def medsketch(capsys):
-    "run(line) -> (exit status, stdout, stderr)"
-
-    def run(line):
-        with pytest.raises(SystemExit) as e:
-            main(line.split())
-        return e.value.code, *capsys.readouterr()
-
-    return run
 
 
 def test_the_list_and_the_terms(medsketch):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_sketch2medi import TINY as SMALLEST
 
-from medsketch.cli import main
 from medsketch.core import save_png, sketch_to_uint8
 from medsketch.data import ImageData, phantom_data
 from medsketch.evaluate import retrieve
@@ -33,21 +33,7 @@ from medsketch.evaluate.retrieve import (
 from medsketch.recipes import CycleGAN, Sketch2MedI
 from medsketch.sketch import add_sketches
 
-TINY = {
-    'size': 32,
-    'latent_dim': 8,
-    'w_dim': 8,
-    'mapping_layers': 2,
-    'fmap_base': 32,
-    'fmap_max': 8,
-    'resnet': 18,
-    'net_width': 0.125,
-    'convs': 1,
-    'rank': 4,
-    'batch_size': 2,
-    'ada': None,
-    'diffaugment': None,
-}
+TINY = SMALLEST | {'size': 32}
 FLAT = Extractor(lambda x: x.flatten(1), 'flat', 64, 'cpu')
 
 
@@ -297,17 +283,9 @@ def test_without_faiss_large_sets_are_searched_exactly(monkeypatch):
     assert index.near(x, 1)[1][:, 0].tolist() == list(range(50)) and index._graph is None
 
 
-@pytest.fixture
-def medsketch(capsys, tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def run(line):
-        with pytest.raises(SystemExit) as stop:
-            main(line.split())
-        out = capsys.readouterr()
-        return stop.value.code, out.out, out.err
-
-    return run
 
 
 def write_set(folder, n=6):

@@ -78,7 +78,7 @@ def _plainly(path):
     "Inside, what is wrong with an archive becomes a `ValueError` in a line"
     try: yield
     except BROKEN as e: raise ValueError(f"{shown(path)} is damaged: {one_line(e)}") from None
-    except (RuntimeError, NotImplementedError) as e: # it is locked, or packed in a rare way
+    except RuntimeError as e: # it is locked, or packed in a rare way (`NotImplementedError` is one)
         raise ValueError(f"{shown(path)} cannot be unpacked: {one_line(e)}") from None
 
 def members(
