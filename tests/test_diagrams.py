@@ -65,6 +65,10 @@ SYSTEMS = {
     "06_recipes/08_pggan": ("pggan", "fundus", {"seg": "vessel", "encoder_steps": 1}),
     "06_recipes/08_sketch_synth": ("sketch_synth", "pharynx", {}),
     "06_recipes/10_sketch2medi": ("sketch2medi", "pharynx", {}),
+    "06_recipes/11_pix2pix": ("pix2pix", "pharynx", {}),
+    "06_recipes/12_cyclegan": ("cyclegan", "pharynx", {}),
+    "06_recipes/13_unit": ("unit", "pharynx", {}),
+    "06_recipes/14_ugatit": ("ugatit", "pharynx", {}),
 }
 
 
