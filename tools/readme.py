@@ -23,7 +23,7 @@ def readme_text() -> str:
     nb.metadata.language_info = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = re.sub(r"\]\((?!https?:)([^)]+\.ipynb)", rf"]({PAGES}/nbs/\1", text)
-    return re.sub(r"\]\((?!https?:)([^)]+\.(?:png|jpg)\))", rf"]({FILES}/nbs/\1", text).strip() + "\n"
+    return re.sub(r"\]\((?!https?:)([^)]+\.(?:png|jpg|gif)\))", rf"]({FILES}/nbs/\1", text).strip() + "\n"
 
 
 if __name__ == "__main__":

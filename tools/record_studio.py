@@ -2,6 +2,7 @@
 
 A pen draws an eye in a real browser, vessel by vessel, and the photograph follows. Takes a minute and needs Chromium.
 """
+
 import io
 import sys
 import tempfile
@@ -12,12 +13,15 @@ from PIL import Image
 root = Path(__file__).resolve().parents[1]
 sys.path += [str(root / "tests"), str(root / "tests/browser")]
 
-from drawings import eye, line  # noqa: E402
-from pages import FLAGS, Studio, answers, chromium, medsketch, read_url, server  # noqa: E402
+from drawings import eye, line
+from pages import FLAGS, Studio, answers, chromium, medsketch, read_url, server
 
-WIDTH, HEIGHT, SCALE = 1180, 760, .7   # of the window; of the picture
-VESSELS = [line((.3, .5), (.42, .44), (.5, .36)), line((.3, .5), (.41, .58), (.52, .66)),
-           line((.5, .36), (.56, .4), (.6, .46))]
+WIDTH, HEIGHT, SCALE = 1180, 760, 0.7  # of the window; of the picture
+VESSELS = [
+    line((0.3, 0.5), (0.42, 0.44), (0.5, 0.36)),
+    line((0.3, 0.5), (0.41, 0.58), (0.52, 0.66)),
+    line((0.5, 0.36), (0.56, 0.4), (0.6, 0.46)),
+]
 
 
 class Camera:
@@ -27,7 +31,7 @@ class Camera:
         self.page, self.frames, self.durations = page, [], []
 
     def take(self, ms=120):
-        png = self.page.screenshot(clip=dict(x=0, y=0, width=WIDTH, height=HEIGHT))
+        png = self.page.screenshot(clip={"x": 0, "y": 0, "width": WIDTH, "height": HEIGHT})
         picture = Image.open(io.BytesIO(png)).convert("RGB")
         self.frames.append(picture.resize((round(WIDTH * SCALE), round(HEIGHT * SCALE)), Image.LANCZOS))
         self.durations.append(ms)
@@ -59,7 +63,7 @@ def record(page, path):
     studio = Studio(page, "voila").ready().fresh()
     camera = Camera(page)
     camera.take(800)
-    for s in eye(.3, .5, 1) + VESSELS:
+    for s in eye(0.3, 0.5, 1) + VESSELS:
         stroke(studio, camera, s.points[::3] + s.points[-1:])
     studio.settled()
     camera.take(1500)
@@ -74,13 +78,14 @@ def record(page, path):
 
 def main(path):
     from playwright.sync_api import sync_playwright
+
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as p:
         log = Path(folder) / "log.txt"
         with server(medsketch("studio", "--port", "0", "--no-browser"), folder, log) as process:
             url = read_url(process, log)
             answers(url.split("?")[0] + "voila/static/voila.js")
             browser = p.chromium.launch(executable_path=chromium(), args=FLAGS)
-            page = browser.new_page(viewport=dict(width=WIDTH, height=HEIGHT))
+            page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
             page.goto(url, timeout=120_000)
             record(page, path)
             browser.close()

@@ -6,7 +6,7 @@ root = Path(__file__).resolve().parents[1]
 
 # section -> what stands in it, in this order: a notebook, or a folder with all of its notebooks in file order
 SECTIONS = {
-    "Start": ["index.ipynb", "glossary.ipynb", "numbers.ipynb"],
+    "Start": ["index.ipynb", "gallery.ipynb", "glossary.ipynb", "numbers.ipynb"],
     "Tutorials": ["tutorials/draw.ipynb", "tutorials/skrgan.ipynb", "tutorials/dualgan.ipynb", "tutorials"],
     "Data": ["01_phantoms", "02_data"],
     "Sketch": ["03_sketch"],
