@@ -11,13 +11,17 @@ import torch
 
 from medsketch.data import phantom_data
 from medsketch.diagrams import traffic, untrue
+from medsketch.models.adalin import AttentionGenerator
+from medsketch.models.dcgan import DCDiscriminator, DCGenerator
 from medsketch.models.encoder import SketchEncoder
 from medsketch.models.fib import GrowingGenerator, ResidualGenerator
 from medsketch.models.hyper import HyperNetwork
 from medsketch.models.patchgan import PatchDiscriminator
 from medsketch.models.pggan import PGGenerator
+from medsketch.models.resnet import Backbone
 from medsketch.models.solov2 import SOLOv2
 from medsketch.models.stylegan2 import StyleGenerator
+from medsketch.models.stylegan2_d import ResidualDiscriminator
 from medsketch.models.unet import UNetRenderer
 from medsketch.recipes import RECIPES
 
@@ -105,17 +109,26 @@ def seen(name, net, *given):
     return traffic({name: net}, lambda: net(*given))
 
 
+def dcgan_seen():
+    G, D = DCGenerator(64), DCDiscriminator(64)
+    return traffic({"G": G, "D": D}, lambda: D(G(torch.zeros(2, 100))))
+
+
 NETWORKS = {
+    "04_models/01_dcgan": dcgan_seen,
     "04_models/02_pggan": lambda: seen("G", PGGenerator(32, 3, 32, 256, 32), torch.zeros(2, 32), 16, 0.3),
     "04_models/03_unet": lambda: seen("G_P", UNetRenderer(64, 1, 3, 16, 64, 3), torch.zeros(2, 1, 64, 64)),
     "04_models/04_patchgan": lambda: seen("D_P", PatchDiscriminator(4), *torch.zeros(2, 4, 128, 128).split([3, 1], 1)),
     "04_models/06_fib": fade_in_seen,
     "04_models/08_stylegan2": lambda: seen("G", StyleGenerator(32, 3, 32, 32, 512, 32, depth=2), torch.zeros(2, 32)),
+    "04_models/09_stylegan2_d": lambda: seen("D", ResidualDiscriminator(16, 3, 512, 32), torch.zeros(4, 3, 16, 16)),
+    "04_models/10_resnet": lambda: traffic({"net": (net := Backbone()).net}, lambda: net(torch.zeros(2, 3, 64, 64))),
     "04_models/11_solov2": lambda: seen(
         "S", SOLOv2(3, 4, 18, 0.25, (20, 18, 12, 8, 6), 1, 1), torch.zeros(2, 3, 64, 64)
     ),
     "04_models/12_encoder": lambda: seen("E", SketchEncoder(64, 10, 32, 18, 0.25), torch.zeros(2, 1, 64, 64)),
     "04_models/13_hyper": hyper_seen,
+    "04_models/14_adalin": lambda: seen("G", AttentionGenerator(3, 8, 1), torch.zeros(2, 3, 32, 32)),
 }
 
 

@@ -25,7 +25,7 @@ VESSELS = [
 
 
 class Camera:
-    "Takes pictures of the page, with a pointer drawn where the mouse is"
+    "Takes pictures of the page"
 
     def __init__(self, page):
         self.page, self.frames, self.durations = page, [], []
