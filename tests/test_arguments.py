@@ -234,6 +234,13 @@ RESUME = {
     "train --resume {torn}": (1, "cannot be read"),
 }
 
+EARLY = {
+    "train dcgan --data nowhere --out x --stages paint": (1, "no stage is called 'paint'"),
+    "train skrgan --data nowhere --out x --stages joint": (1, "stage joint has 0 steps"),
+    "train sketch2medi --data nowhere --out x --scale tour --stages paint": (1, "there are: segment, gan, moco"),
+    "train sketch_synth --data nowhere --out x --scale tour --stages paint": (1, "there are: segment"),
+}
+
 SOURCES = {
     "train dcgan --data '' --out x": (1, "--data is empty"),
     "train dcgan --data ' ' --out x": (1, "--data is empty"),
@@ -404,6 +411,7 @@ FAMILIES = {
     "others": OTHERS,
     "options": OPTIONS,
     "resume": RESUME,
+    "early": EARLY,
     "sources": SOURCES,
     "outputs": OUTPUTS,
     "drawing": DRAWING,

@@ -216,6 +216,20 @@ def test_what_was_frozen_before_training_is_frozen_after_it():
         assert [p.requires_grad for p in t.params] == learns and not all(learns)
 
 
+def test_what_a_user_freezes_by_hand_stays_as_it_is():
+    "The first layer of G; what stands behind it learns. A phase in which nothing can learn is refused"
+    t = gan()
+    first, last = t.nets.G[0], t.nets.G[2]
+    first.requires_grad_(False)
+    before = [p.detach().clone() for p in (first.weight, last.weight)]
+    t.fit(3)
+    assert torch.equal(first.weight, before[0]) and not torch.equal(last.weight, before[1])
+    assert not any(p.requires_grad for p in first.parameters()) and last.weight.requires_grad
+    t.nets.G.requires_grad_(False)
+    with pytest.raises(ValueError, match='phase G has nothing to learn'):
+        t.fit(4)
+
+
 def test_gradients_left_behind_do_not_count():
     clean, dirty = gan(noise=False), gan(noise=False)
     for p in dirty.params:

@@ -83,13 +83,16 @@ def _settings(cls, asked, told, options):
     elif 'channels' in settings: options['channels'] = settings['channels']
     if asked.get('steps') is not None: settings |= cls.steps_each(asked['steps'], settings['size']) | told
     if {'steps', 'minutes'} <= options.keys(): raise ValueError("--steps and --minutes: say one")
-    return dry_run(cls, check_arguments(cls, settings))
+    return dry_run(cls, check_arguments(cls, settings), asked.get('stages'))
 
-def dry_run(cls, settings):
-    "Raises `ValueError` for arguments that do not fit each other; networks are made without memory"
+def dry_run(cls, settings, stages=None):
+    "Raises `ValueError` for arguments and stages that do not fit each other; networks are made without memory"
     from medsketch.models.factory import check_memory, without_memory
+    from medsketch.train.stages import choose
     shape = without_memory(lambda: cls(**settings))
-    check_memory((shape or cls(**settings)).nets) # a network from elsewhere may have to be made in full
+    shape = shape or cls(**settings) # a network from elsewhere may have to be made in full
+    check_memory(shape.nets)
+    choose(shape.stages(None), stages)
     return settings
 
 # %% ../../nbs/11_cli/05_train.ipynb #7511f1a9
@@ -111,7 +114,7 @@ def resumed(
     noted = dict(before.get('train') or {})
     if recipe and recipe != before['recipe']: raise ValueError(f"{out} holds a run of {before['recipe']}, not {recipe}")
     cls = recipe_class(before['recipe'])
-    dry_run(cls, check_arguments(cls, with_int_keys(before['config'])))
+    dry_run(cls, check_arguments(cls, with_int_keys(before['config'])), asked.get('stages'))
     if odd := [k for k, kind in KINDS.items() if not isinstance(noted.get(k), (kind, type(None)))]:
         raise ValueError(f"{out}/config.json has an odd {odd[0]!r} ({noted[odd[0]]!r}): correct it, or start anew")
     _agree(out, cls, asked, before['config'], noted)
