@@ -87,11 +87,12 @@ def _settings(cls, asked, told, options):
 
 def dry_run(cls, settings, stages=None):
     "Raises `ValueError` for arguments and stages that do not fit each other; networks are made without memory"
-    from medsketch.models.factory import check_memory, without_memory
+    from medsketch.models.factory import check_batch, check_memory, without_memory
     from medsketch.train.stages import choose
     shape = without_memory(lambda: cls(**settings))
     shape = shape or cls(**settings) # a network from elsewhere may have to be made in full
     check_memory(shape.nets)
+    check_batch(shape.config)
     choose(shape.stages(None), stages)
     return settings
 

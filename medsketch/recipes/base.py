@@ -17,7 +17,7 @@ import torch
 from ..core import check_size, default_device, keep_memory, sample_grid, scale, torch_rng
 from ..data import ImageData, as_image_data, load_images
 from ..data.batches import AUGMENT, Batches
-from ..models.factory import check_memory, without_memory
+from ..models.factory import check_batch, check_memory, without_memory
 from ..train.weights import check_fit, file_header, read_weights, shapes_in, start_from, take_up
 from ..train.weights import weights_file, write_weights
 from .arguments import check_arguments
@@ -161,7 +161,6 @@ class Saving:
 class Preparing:
     "What a recipe learns from"
     workers = 0  # threads that prepare the next batches
-
     def shape_like(self, source): "Take arguments that the data leaves open from the weights to start from"
     def check_ready(self, names, data, out=None): "Raises `ValueError` if one of these stages could not begin, later"
 
@@ -218,6 +217,7 @@ class Fitting:
            ):
         "Train stage by stage. Raises `ValueError` if data or run do not fit, `TrainingDiverged` on NaN"
         self.workers = 2 * (default_device().type == 'cuda') if workers is None else workers
+        check_batch(self.config)
         data, more, notes = self.prepare(data, more)
         begun = read_config(out) if out and resume else {}
         self.shape_like(source := Path(out)/'init.safetensors' if 'init' in begun else init)
