@@ -529,6 +529,17 @@ def test_disk_full_while_saving(through, tmp_path):
     assert rows(tmp_path / 'log.csv') == rows(through.callbacks[2].path)
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device of Linux')
+def test_a_full_disk_is_named_though_pytorchs_writer_speaks_of_positions():
+    with (
+        pytest.raises(RuntimeError, match='checkpoint x.pt: No space left') as e,
+        checkpoints_module.writing('checkpoint', 'x.pt'),
+        open('/dev/full', 'wb') as f,
+    ):
+        torch.save({'w': torch.zeros(100_000)}, f)
+    assert one_line(e)
+
+
 class FullFile:
     def __init__(self, f):
         self.f = f

@@ -35,7 +35,9 @@ def writing(
     "Around a write. Raises `RuntimeError` in one line if the disk refuses"
     try: yield
     except (OSError, RuntimeError) as e:
-        why = getattr(e, 'strerror', None) or e
+        first = e  # PyTorch's writer stumbles over what it was called for: the disk said why before
+        while not isinstance(first, OSError) and first.__context__: first = first.__context__
+        why = getattr(first, 'strerror', None) or e
         raise RuntimeError(f"could not write {what} {path}: {why}; checkpoints written before are untouched") from e
 
 def sweep(
