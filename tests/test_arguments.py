@@ -239,6 +239,8 @@ RESUME = {
 }
 
 EARLY = {
+    "train dcgan --data nowhere --out {text} --scale tour": (1, "cannot write to"),
+    "train dcgan --data nowhere --out {text}/run --scale tour": (1, "is no folder"),
     "train dcgan --data nowhere --out x --stages paint": (1, "no stage is called 'paint'"),
     "train dcgan --data nowhere --out x --set size=1024 --set batch_size=65536": (1, "choose a smaller batch_size"),
     "train skrgan --data nowhere --out x --stages joint": (1, "stage joint has 0 steps"),

@@ -179,6 +179,9 @@ def check_options(job:Job):
     if job['best'] in DURING and job['best'] not in names:
         raise ValueError(f"--best {job['best']} needs --evaluate {job['best']}")
     apart(job.out, None if job.data.startswith('phantoms:') else job.data)
+    place = next(p for p in (job.out, *job.out.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"cannot write to {job.out}: {place} is {'read-only' if place.is_dir() else 'no folder'}")
     return acc, log
 
 # %% ../../nbs/11_cli/05_train.ipynb #4c2ed74e

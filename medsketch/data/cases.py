@@ -278,6 +278,15 @@ def _subject_of(case, root, pattern):
         raise ValueError(f"subject={pattern!r} finds no group in {shown(name)}; try r'(\\d+)' or leave it out")
     return found.group(1)
 
+# %% ../../nbs/02_data/05_cases.ipynb #7be1d402
+def _masks_of_folders(roles, root):
+    "{image: masks} where a folder called as its image holds it alone, and a mask for each object, as in DSB 2018"
+    places, masks = [(p, _place(p, root)) for p in roles.images], {}
+    alone = Counter(at[:2] for _, at in places)
+    for m in roles.masks: masks.setdefault(_place(m, root)[:2], []).append(m)
+    fits = lambda p, at: at[2] == 'image' and alone[at[:2]] == 1 and at[0][-1] == stem(p)
+    return {p: tuple(masks.get(at[:2], ())) for p, at in places if fits(p, at)}
+
 # %% ../../nbs/02_data/05_cases.ipynb #5ec8d29c
 @dataclass(frozen=True)
 class Paired:
@@ -293,14 +302,6 @@ def _folder_cases(found):
     masks = masks_by_looks(found.files, found.root, lambda p: bare(stem(p)))
     split = lambda p: (stem(p), p.name[len(stem(p)):])
     return _named_cases(beside_images(masks, found.files, split), found) if masks else cases
-
-def _masks_of_folders(roles, root):
-    "{image: masks} where a folder called as its image holds it alone, and a mask for each object, as in DSB 2018"
-    places, masks = [(p, _place(p, root)) for p in roles.images], {}
-    alone = Counter(at[:2] for _, at in places)
-    for m in roles.masks: masks.setdefault(_place(m, root)[:2], []).append(m)
-    fits = lambda p, at: at[2] == 'image' and alone[at[:2]] == 1 and at[0][-1] == stem(p)
-    return {p: tuple(masks.get(at[:2], ())) for p, at in places if fits(p, at)}
 
 def _named_cases(real, found):
     "Cases of files {path as pairing knows it: path}"

@@ -52,7 +52,7 @@ def checkpoints(
     folder, # a run's checkpoint folder
 ) -> list: # paths, oldest first
     "The numbered checkpoints in a folder"
-    found = [p for p in Path(folder).glob('*.pt') if re.fullmatch(r'\d+', p.stem)]
+    found = [p for p in Path(folder).glob('*.pt') if re.fullmatch(r'\d+', p.stem) and p.is_file()]
     return sorted(found, key=lambda p: int(p.stem))
 
 # %% ../../nbs/05_train/04_checkpoints.ipynb #de113a6b

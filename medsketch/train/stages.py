@@ -57,7 +57,7 @@ def read_config(
     path = Path(out)/'config.json'
     if not path.exists(): return {}
     why = ''
-    try: found = dict(json.loads(path.read_text(encoding='utf-8')))
+    try: found = {} if not path.is_file() else dict(json.loads(path.read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError, RecursionError): why = 'is no table of names and values'
     else: why = next((f'has an odd {k!r}' for k, kind in ENTRIES.items() if not isinstance(found.get(k), kind)), '')
     if not why and not found: why = 'is empty'
