@@ -113,7 +113,8 @@ def atomic_write(
     "Open a temporary file beside `path`, and rename it into place once it is completely on the disk"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
+    prefix = f'.{path.name[-60:]}.'  # a name may be as long as the file system allows
+    fd, tmp = tempfile.mkstemp(prefix=prefix, suffix='.tmp', dir=path.parent)
     try:
         with os.fdopen(fd, mode, **({} if 'b' in mode else dict(encoding='utf-8', newline=''))) as f:
             yield f

@@ -2,14 +2,18 @@
 
 import inspect
 import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from medsketch.cli import main
 from medsketch.core import to_uint8
 from medsketch.data import phantom_data
+from medsketch.models import factory
+from medsketch.models.factory import check_batch
 from medsketch.recipes import DCGAN, RECIPES, DualGAN, SkrGAN
 from medsketch.recipes.arguments import BOUNDS, POSITIVE, UNTYPED, check_argument, check_arguments
 
@@ -234,6 +238,16 @@ RESUME = {
     "train --resume {torn}": (1, "cannot be read"),
 }
 
+EARLY = {
+    "train dcgan --data nowhere --out {text} --scale tour": (1, "cannot write to"),
+    "train dcgan --data nowhere --out {text}/run --scale tour": (1, "is no folder"),
+    "train dcgan --data nowhere --out x --stages paint": (1, "no stage is called 'paint'"),
+    "train dcgan --data nowhere --out x --set size=1024 --set batch_size=65536": (1, "choose a smaller batch_size"),
+    "train skrgan --data nowhere --out x --stages joint": (1, "stage joint has 0 steps"),
+    "train sketch2medi --data nowhere --out x --scale tour --stages paint": (1, "there are: segment, gan, moco"),
+    "train sketch_synth --data nowhere --out x --scale tour --stages paint": (1, "there are: segment"),
+}
+
 SOURCES = {
     "train dcgan --data '' --out x": (1, "--data is empty"),
     "train dcgan --data ' ' --out x": (1, "--data is empty"),
@@ -404,6 +418,7 @@ FAMILIES = {
     "others": OTHERS,
     "options": OPTIONS,
     "resume": RESUME,
+    "early": EARLY,
     "sources": SOURCES,
     "outputs": OUTPUTS,
     "drawing": DRAWING,
@@ -523,3 +538,17 @@ def test_an_annotation_brings_its_bounds():
         check_argument("heat", 2, Annotated[float, (0, 1)])
     with pytest.raises(ValueError, match="whole number"):
         check_argument("classes", 2.5, inspect.signature(DualGAN).parameters["classes"].annotation)
+
+
+def test_the_memory_of_a_batch_is_foreseen(monkeypatch):
+    "One line before anything is allocated: refused where a first layer's maps do not fit, a warning where it is near"
+    monkeypatch.setattr(factory.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    monkeypatch.setattr(factory, "default_device", lambda: torch.device("cpu"))
+    config = {"size": 256, "channels": 3, "ngf": 64}
+    with pytest.raises(ValueError, match="64 images of 256 px needs 1.1 GB.* choose a smaller batch_size"):
+        check_batch(config | {"batch_size": 64})
+    with pytest.raises(ValueError, match="9,000 images of 32 px"):
+        check_batch(config | {"batch_size": {"32": 9000, "256": 1}})
+    with pytest.warns(UserWarning, match="if memory runs out"):
+        check_batch(config | {"batch_size": 16})
+    check_batch(config | {"batch_size": 2})

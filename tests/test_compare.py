@@ -29,10 +29,11 @@ SMALL = {
     'skrgan.receptive_field': 16,
     'augment': 'flip',
 }
+PLAIN = {k: SMALL[k] for k in ('ngf', 'ndf', 'batch_size', 'latent_dim', 'augment')}  # what every GAN knows
 BUDGET = {
     "steps": 6,
     "n": 12,
-    "settings": SMALL,
+    "settings": PLAIN,
     "features": 'thumbnails',
     "metrics": ('swd', 'fid'),
     "resamples": 4,
@@ -55,7 +56,7 @@ def eyes():
 
 def test_all_systems_of_the_paper_under_one_budget(eyes, tmp_path):
     names = ['skrgan', 'dcgan', 'acgan', 'wgan', 'wgan_gp', 'pggan']
-    table = compare(eyes, names, tmp_path, **BUDGET)
+    table = compare(eyes, names, tmp_path, **BUDGET | {'settings': SMALL})
     assert list(table.rows) == names
     assert all(
         np.isfinite(s.value) and s.n_fake == 12 for runs in table.rows.values() for scores in runs for s in scores
@@ -177,7 +178,7 @@ class Copyist:
 
 def test_copies_are_counted_against_the_images_trained_on(eyes, tmp_path):
     "Not against the reference, where a copyist would pass for honest"
-    budget = BUDGET | {'metrics': ('copies',), 'reference': phantom_data('fundus', 20, 32, seed=9)}
+    budget = BUDGET | {'settings': None, 'metrics': ('copies',), 'reference': phantom_data('fundus', 20, 32, seed=9)}
     [[found]] = compare(eyes, {'mine': Copyist()}, tmp_path, **budget).rows['mine']
     assert found.value == 1.0 and found.n_fake == 12
 
@@ -206,6 +207,23 @@ def test_too_few_images(tmp_path):
 
 def test_settings_reach_those_who_know_them():
     assert settings_for('skrgan', {'ngf': 8, 'skrgan.ngf': 16, 'clip': 0.1}) == {"ngf": 16}
+
+
+@pytest.mark.parametrize(
+    ('odd', 'words'),
+    [
+        ('nfg', "none of dcgan, wgan has an argument 'nfg'"),
+        ('fmap_base', "none of dcgan, wgan has"),
+        ('skrgan.ngf', "'skrgan' is not compared"),
+        ('.ngf', "'' is not compared"),
+        ('dcgan.clip', "has no argument 'clip'"),
+    ],
+)
+def test_a_setting_that_reaches_nobody_is_refused(eyes, tmp_path, odd, words):
+    "Before anything is trained or written"
+    with pytest.raises(ValueError, match=words):
+        compare(eyes, ['dcgan', 'wgan'], tmp_path / 'out', **BUDGET | {'settings': PLAIN | {odd: 1, 'clip': 0.1}})
+    assert not (tmp_path / 'out').exists()
 
 
 def score(name='SWD × 10³ ↓', value=1.0, **kw):

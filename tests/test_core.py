@@ -11,7 +11,18 @@ import torch
 from PIL import Image
 
 from medsketch import core
-from medsketch.core import SCALES, add_labels, by_scale, enlarge, grid, markdown_table, scale, show_images, torch_rng
+from medsketch.core import (
+    SCALES,
+    add_labels,
+    atomic_write,
+    by_scale,
+    enlarge,
+    grid,
+    markdown_table,
+    scale,
+    show_images,
+    torch_rng,
+)
 
 NUMBERS = (
     0,
@@ -163,3 +174,10 @@ def test_a_size_of_nothing_names_the_smallest():
     for size in (0, -32, 3.5, 'x', None):
         with pytest.raises(ValueError, match='nearest is 4'):
             check_size(size)
+
+
+def test_a_name_as_long_as_the_file_system_allows_is_written(tmp_path):
+    for name in ('x' * 251 + '.png', '日' * 83 + '.png'):
+        with atomic_write(tmp_path / name) as f:
+            f.write(b'1')
+    assert {p.read_bytes() for p in tmp_path.iterdir()} == {b'1'} and len(list(tmp_path.iterdir())) == 2

@@ -559,6 +559,23 @@ def test_masks_are_paired_and_never_images(tmp_path, layout):
     assert len(ds) == 3 and 'lonely' in ds.skipped[0][0] and len(load(tmp_path / 'd', masks=False)) == 3
 
 
+def test_a_mask_for_each_side_and_a_mask_for_each_object(tmp_path):
+    "Montgomery: left and right lung below one folder of masks. DSB 2018: a folder for each image, a file for each cell"
+    halves = [np.where(np.arange(S) < S // 2, FORE, 0), np.where(np.arange(S) < S // 2, 0, FORE)]
+    for i in range(3):
+        put(tmp_path / f'cxr/CXR_png/c{i}.png')
+        put(tmp_path / f'dsb/c{i}/images/c{i}.png')
+        for k, side in enumerate(('left', 'right')):
+            put(tmp_path / f'cxr/ManualMask/{side}Mask/c{i}.png', halves[k])
+            put(tmp_path / f'dsb/c{i}/masks/{k}abc{i}.png', halves[k])
+    for folder in ('cxr', 'dsb'):
+        ds = load(tmp_path / folder)
+        assert len(ds) == 3 and all(((ds.masks[i] > 0) == DISC).all() for i in range(3)), folder
+    put(tmp_path / 'one/images/c0.png'), put(tmp_path / 'one/masks/c1.png', FORE)
+    with pytest.warns(UserWarning, match='looks like a mask'):
+        assert load_images(tmp_path / 'one', S).masks is None  # this folder is not called as its image
+
+
 @pytest.mark.parametrize('layout', WORDLESS)
 def test_masks_are_told_by_their_looks_where_names_say_nothing(tmp_path, layout):
     image, mask = WORDLESS[layout]

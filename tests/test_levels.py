@@ -1,11 +1,13 @@
 "Scores against the level of free-hand distortion"
 
 import math
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 
+from medsketch.evaluate import paired
 from medsketch.evaluate.levels import LEVELS, LevelScores, drawn_by, score_levels, table_scores
 from medsketch.recipes import Sketch2MedI
 from medsketch.sketch.freehand import freehand
@@ -47,6 +49,26 @@ def test_what_cannot_be_had_is_named():
     assert found.absent == {'X': 'no torchvision here'} and {k[2] for k in found.values} == {'Y'}
     with pytest.raises(ValueError, match='X is absent: no torchvision here'):
         found.lines('X')
+
+
+def test_a_fault_is_no_absence(monkeypatch):
+    "Without weights a score is absent; any other error of a score, and a damaged file of weights, are seen"
+
+    def load(error):
+        def make():
+            raise error
+
+        return lambda made, real: paired._backbone(make, 'LPIPS')
+
+    def score(f):
+        return score_levels({'a': lambda s: s}, sketches(), sketches(), {'X': f}, levels=(0,))
+
+    assert 'offline' in score(load(URLError('offline'))).absent['X']
+    assert 'nms' in score(load(RuntimeError('operator torchvision::nms does not exist'))).absent['X']
+    with pytest.raises(RuntimeError, match='failed finding central directory'):
+        score(load(RuntimeError('PytorchStreamReader failed finding central directory')))
+    with pytest.raises(RuntimeError, match='size of tensor'):
+        score(lambda made, real: torch.zeros(2) + torch.zeros(3))
 
 
 def test_scores_by_hand():

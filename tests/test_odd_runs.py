@@ -13,7 +13,12 @@ from faults import contents
 from PIL import Image
 
 from medsketch.cli import main
+from medsketch.evaluate.moco import load_moco
+from medsketch.evaluate.retrieve import index_header
+from medsketch.evaluate.segment import Segmenter
 from medsketch.recipes import DCGAN, SkrGAN, load_recipe
+from medsketch.train.checkpoints import checkpoints
+from medsketch.train.stages import read_config
 
 TINY = "--scale tour --steps 2 --every 2 --set ngf=4 --set ndf=4 --set latent_dim=8 --set batch_size=2"
 
@@ -258,3 +263,19 @@ def test_what_is_no_sketch_is_left_out_and_the_good_one_is_rendered(renderer, tm
 
 def test_there_are_more_than_fifty():
     assert sum(map(len, (CONFIGS, WEIGHTS, SKETCHES, NO_SKETCHES))) > 50
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_where_a_file_should_be_is_refused_and_never_waited_for(broken, tmp_path):
+    "Nothing would ever be written into it"
+    for name in ("weights.safetensors", "config.json"):
+        (broken / name).unlink()
+        os.mkfifo(broken / name)
+    for read in (load_recipe, load_moco, Segmenter.load):
+        with pytest.raises(ValueError, match="(?i)not a file that medsketch saved|no such file"):
+            read(broken)
+    with pytest.raises(ValueError, match="is empty"):
+        read_config(broken)
+    assert index_header(broken / "weights.safetensors") is None
+    os.mkfifo(tmp_path / "000003.pt")
+    assert checkpoints(tmp_path) == []

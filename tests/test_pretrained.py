@@ -152,6 +152,7 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
 def test_without_a_connection_the_hub_is_asked_once(tmp_path, monkeypatch):
     "What it sent before is used; anything else is an error at once, which says that there is no such folder either"
     recipe_class('skrgan')(size=32, seed=4, **TINY).save(tmp_path / 'weights.safetensors')
+    monkeypatch.chdir(tmp_path)  # where runs/ is a folder, runs/eyse is a path, and nobody is asked
     asked = []
 
     def metadata(url, timeout):

@@ -131,7 +131,7 @@ def test_the_latent_loss_pulls_to_known_styles():
 
 
 def test_it_says_what_is_missing(data):
-    with pytest.raises(ValueError, match='wants|no masks|holds no|was not trained'):
+    with pytest.raises(ValueError, match='no S is trained'):
         train(make(segment_steps=0, gan_steps=1), data, stages=['gan', 'encoder'])
     with pytest.raises(ValueError, match='no masks'):
         SketchSynth(**{k: TINY[k] for k in ('size', 'resnet', 'net_width', 'convs', 'batch_size')}).fit(
@@ -303,3 +303,20 @@ def test_agreement_compares_what_s_finds_in_both(trained, monkeypatch):
     real, other = torch.ones(2, 3, 16, 16), -torch.ones(2, 3, 16, 16)
     assert r.agreement(real, real) == 1 and r.agreement(real, other) == 0
     assert r.agreement(real, torch.cat([real[:1], other[:1]])) == 0.5
+
+
+def test_the_number_of_classes_comes_with_s(trained, data, tmp_path):
+    "S of three classes, for images without masks; the second call goes on with what the run kept"
+    plain = data.with_planes(mask=None)
+    new = lambda: make(segment_steps=0, gan_steps=1, moco_steps=1, encoder_steps=1, refine_steps=1)
+    for _ in range(2):
+        r = train(new(), plain, tmp_path / 'run', init={'S': trained[1]})
+    assert r.config['classes'] == 3 and r.nets['S'].classes == 2
+    assert train(new(), plain, tmp_path / 'run').config['classes'] == 3
+
+
+def test_without_sketches_no_stage_begins(data, tmp_path):
+    "E would find none, hours later"
+    with pytest.raises(ValueError, match='no S is trained'):
+        train(make(segment_steps=0), data.with_planes(mask=None), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()

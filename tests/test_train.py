@@ -216,6 +216,20 @@ def test_what_was_frozen_before_training_is_frozen_after_it():
         assert [p.requires_grad for p in t.params] == learns and not all(learns)
 
 
+def test_what_a_user_freezes_by_hand_stays_as_it_is():
+    "The first layer of G; what stands behind it learns. A phase in which nothing can learn is refused"
+    t = gan()
+    first, last = t.nets.G[0], t.nets.G[2]
+    first.requires_grad_(False)
+    before = [p.detach().clone() for p in (first.weight, last.weight)]
+    t.fit(3)
+    assert torch.equal(first.weight, before[0]) and not torch.equal(last.weight, before[1])
+    assert not any(p.requires_grad for p in first.parameters()) and last.weight.requires_grad
+    t.nets.G.requires_grad_(False)
+    with pytest.raises(ValueError, match='phase G has nothing to learn'):
+        t.fit(4)
+
+
 def test_gradients_left_behind_do_not_count():
     clean, dirty = gan(noise=False), gan(noise=False)
     for p in dirty.params:
@@ -513,6 +527,17 @@ def test_disk_full_while_saving(through, tmp_path):
     assert one_line(e) and {p.name for p in (tmp_path / 'ck').iterdir()} == {'000003.pt', '.lock'}
     same_run(through, finished(tmp_path, init=3))  # after making room it goes on
     assert rows(tmp_path / 'log.csv') == rows(through.callbacks[2].path)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device of Linux')
+def test_a_full_disk_is_named_though_pytorchs_writer_speaks_of_positions():
+    with (
+        pytest.raises(RuntimeError, match='checkpoint x.pt: No space left') as e,
+        checkpoints_module.writing('checkpoint', 'x.pt'),
+        open('/dev/full', 'wb') as f,
+    ):
+        torch.save({'w': torch.zeros(100_000)}, f)
+    assert one_line(e)
 
 
 class FullFile:

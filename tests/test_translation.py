@@ -517,3 +517,22 @@ def test_unit_translates_through_its_code(data):
         z = nets.E(nets.E_S(s * 2 - 1))
         assert torch.allclose(r.render(s), nets.R_P(nets.R(z)), atol=1e-5)
         assert torch.equal(encode(nets, 'S', s * 2 - 1), z) and torch.equal(decode(nets, 'S', z), nets.R_S(nets.R(z)))
+
+
+def test_a_part_without_weights_trains_and_is_read_back(data, tmp_path):
+    "An identity in place of the shared encoder, for an ablation"
+
+    def without(part):
+        r = make('unit')
+        r.nets[part] = nn.Identity()
+        r.nets = {part: r.nets[part], **r.nets}  # it stands first, too
+        return r
+
+    whole = without('E').fit(data, tmp_path / 'whole', progress=False)
+    for _ in range(2):
+        again = without('E').fit(data, tmp_path / 'run', every=1, progress=False)
+    read = without('E').load_weights(tmp_path / 'run/weights.safetensors')
+    x = data.batch([0, 1])['sketch']
+    assert torch.equal(again.render(x), whole.render(x))
+    torch.testing.assert_close(read.render(x), whole.render(x), atol=1e-5, rtol=0)
+    assert read.learned == set(read.nets) - {'D_P', 'D_S'}

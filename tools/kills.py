@@ -41,6 +41,10 @@ SMALL = {
     "mapping_layers": 2,
     "blocks": 1,
     "fade_maps": 4,
+    "resnet": 18,
+    "net_width": 0.125,
+    "convs": 1,
+    "rank": 4,
 }
 OWN = {"pggan": {"seg": "vessel", "encoder_steps": 12}}  # beyond what `steps_each` asks for
 STEPS = 30

@@ -14,7 +14,7 @@ from .tools import find_run
 SHAPING = dict(G_P=('size', 'channels', 'ngf', 'ngf_max', 'depth', 'position', 'renderer', 'style', 'blocks',
                     'fade_maps', 'sketch'),
                others=('latent_dim', 'w_dim', 'mapping_layers', 'fmap_base', 'fmap_max', 'widths', 'ndf',
-                       'receptive_field', 'classes', 'start'))
+                       'receptive_field', 'classes', 'start', 'resnet', 'net_width', 'convs', 'rank', 'space'))
 
 def init_of(
     given, # ['fundus'], ['G_P=run', 'G_S=other'], or what `config.json` noted

@@ -83,13 +83,17 @@ def _settings(cls, asked, told, options):
     elif 'channels' in settings: options['channels'] = settings['channels']
     if asked.get('steps') is not None: settings |= cls.steps_each(asked['steps'], settings['size']) | told
     if {'steps', 'minutes'} <= options.keys(): raise ValueError("--steps and --minutes: say one")
-    return dry_run(cls, check_arguments(cls, settings))
+    return dry_run(cls, check_arguments(cls, settings), asked.get('stages'))
 
-def dry_run(cls, settings):
-    "Raises `ValueError` for arguments that do not fit each other; networks are made without memory"
-    from medsketch.models.factory import check_memory, without_memory
+def dry_run(cls, settings, stages=None):
+    "Raises `ValueError` for arguments and stages that do not fit each other; networks are made without memory"
+    from medsketch.models.factory import check_batch, check_memory, without_memory
+    from medsketch.train.stages import choose
     shape = without_memory(lambda: cls(**settings))
-    check_memory((shape or cls(**settings)).nets) # a network from elsewhere may have to be made in full
+    shape = shape or cls(**settings) # a network from elsewhere may have to be made in full
+    check_memory(shape.nets)
+    check_batch(shape.config)
+    choose(shape.stages(None), stages)
     return settings
 
 # %% ../../nbs/11_cli/05_train.ipynb #7511f1a9
@@ -111,7 +115,7 @@ def resumed(
     noted = dict(before.get('train') or {})
     if recipe and recipe != before['recipe']: raise ValueError(f"{out} holds a run of {before['recipe']}, not {recipe}")
     cls = recipe_class(before['recipe'])
-    dry_run(cls, check_arguments(cls, with_int_keys(before['config'])))
+    dry_run(cls, check_arguments(cls, with_int_keys(before['config'])), asked.get('stages'))
     if odd := [k for k, kind in KINDS.items() if not isinstance(noted.get(k), (kind, type(None)))]:
         raise ValueError(f"{out}/config.json has an odd {odd[0]!r} ({noted[odd[0]]!r}): correct it, or start anew")
     _agree(out, cls, asked, before['config'], noted)
@@ -175,6 +179,9 @@ def check_options(job:Job):
     if job['best'] in DURING and job['best'] not in names:
         raise ValueError(f"--best {job['best']} needs --evaluate {job['best']}")
     apart(job.out, None if job.data.startswith('phantoms:') else job.data)
+    place = next(p for p in (job.out, *job.out.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"cannot write to {job.out}: {place} is {'read-only' if place.is_dir() else 'no folder'}")
     return acc, log
 
 # %% ../../nbs/11_cli/05_train.ipynb #4c2ed74e

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .files import file_kind, is_regular, shown
-from .names import read_as
+from .names import folder_words, read_as
 from .siblings import beside_images, masks_by_looks
 from .readers import can_convert, to_channels
 
@@ -187,6 +187,11 @@ def sort_files(
     return out if out.images else Sorted(list(files))
 
 # %% ../../nbs/02_data/05_cases.ipynb #ec70884f
+def _is_part(folder):
+    "A folder below one of masks, such as `leftMask`: one organ of several, or one side"
+    role, rest = folder_words(folder)
+    return role == 'mask' and rest and all(map(str.isalpha, rest))
+
 def _mask_table(masks, root):
     "Masks by where their image should be: {(home, below, bare name): [(rank of the folder, path)]}"
     table = {}
@@ -194,6 +199,7 @@ def _mask_table(masks, root):
         home, below, role = _place(m, root)
         folder = m.relative_to(root.parent).parts[len(home)].lower() if role == 'mask' else ''
         rank = MASK_FOLDERS.index(folder) if folder in MASK_FOLDERS else -1
+        below = tuple(b for b in below if not _is_part(b))
         table.setdefault((home, below, bare(stem(m))), []).append((rank, m))
     return table
 
@@ -272,6 +278,15 @@ def _subject_of(case, root, pattern):
         raise ValueError(f"subject={pattern!r} finds no group in {shown(name)}; try r'(\\d+)' or leave it out")
     return found.group(1)
 
+# %% ../../nbs/02_data/05_cases.ipynb #7be1d402
+def _masks_of_folders(roles, root):
+    "{image: masks} where a folder called as its image holds it alone, and a mask for each object, as in DSB 2018"
+    places, masks = [(p, _place(p, root)) for p in roles.images], {}
+    alone = Counter(at[:2] for _, at in places)
+    for m in roles.masks: masks.setdefault(_place(m, root)[:2], []).append(m)
+    fits = lambda p, at: at[2] == 'image' and alone[at[:2]] == 1 and at[0][-1] == stem(p)
+    return {p: tuple(masks.get(at[:2], ())) for p, at in places if fits(p, at)}
+
 # %% ../../nbs/02_data/05_cases.ipynb #5ec8d29c
 @dataclass(frozen=True)
 class Paired:
@@ -291,10 +306,11 @@ def _folder_cases(found):
 def _named_cases(real, found):
     "Cases of files {path as pairing knows it: path}"
     roles = sort_files(list(real), found.root)
-    table = _mask_table(roles.masks, found.root)
+    table, whole = _mask_table(roles.masks, found.root), _masks_of_folders(roles, found.root)
     cases, used = [], set()
     for name, paths in _channel_groups(roles.images):
         masks = masks_of(paths[0].with_name(name + paths[0].name[len(stem(paths[0])):]), table, found.root)
+        masks = masks or whole.get(paths[0], ())
         used.update(masks)
         if len(paths) == 1: name = stem(real[paths[0]])
         masks, paths = (tuple(real[p] for p in ps) for ps in (masks, paths))

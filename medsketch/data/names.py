@@ -30,11 +30,13 @@ def folder_words(
 def folder_names(
     folders, # paths
     known, # known(name) -> does pairing know this name?
+    holding=(), # folders that hold files themselves, beside their folders
 ) -> dict: # {path: path}, for those that are translated
     "Folders of images and masks beside each other, called `images` and `masks`, with what is left of the name below"
     out, beside = {}, {}
     for f in sorted(folders): beside.setdefault(f.parent, []).append((f, *folder_words(f.name)))
-    for siblings in beside.values():
+    for above, siblings in beside.items():
+        if above not in holding: siblings = _only_one_else(siblings)
         rests = {role: {rest for _, r, rest in siblings if r == role} for role in ROLES}
         for f, role, rest in siblings:
             others = rests['image' if role == 'mask' else 'mask'] if role else ()
@@ -45,6 +47,11 @@ def folder_names(
             name = f.parent.joinpath(f'{role}s', *rest)
             if name not in (*folders, *out.values()): out[f] = name
     return out
+
+def _only_one_else(siblings):
+    "Beside one folder of masks, the one other folder holds the images, whatever it is called"
+    masks, others = ([s for s in siblings if (s[1] == 'mask') == is_mask] for is_mask in (True, False))
+    return siblings if len(masks) != 1 or len(others) != 1 else [*masks, (others[0][0], 'image', masks[0][2])]
 
 # %% ../../nbs/02_data/04_names.ipynb #a12b5af3
 WORDS = 'mask|masks|seg|segmentation|label|labels|gt|annotation'
@@ -77,7 +84,8 @@ def read_as(
     "Every file under a name that pairing knows"
     folders = {p for f in files for p in f.parents if p.is_relative_to(root) and p != root}
     stem = lambda f: f.name.removesuffix(''.join(f.suffixes[-2:] if f.name.lower().endswith('.nii.gz') else f.suffix))
-    renamed, stems = folder_names(folders, known), file_names({stem(f) for f in files})
+    renamed = folder_names(folders, known, {f.parent for f in files})
+    stems = file_names({stem(f) for f in files})
     out, bases = {}, {root: root}
     for f in sorted(folders): # above before below
         bases[f] = bases[f.parent]/(renamed[f].relative_to(f.parent) if f in renamed else f.name)

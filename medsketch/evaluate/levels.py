@@ -14,7 +14,7 @@ import torch
 
 from .distances import fid
 from .metrics import check_pair
-from .paired import dists, lpips
+from .paired import Absent, dists, lpips
 from ..sketch.freehand import freehand
 
 # %% ../../nbs/07_evaluate/15_levels.ipynb #bf23e471
@@ -94,5 +94,5 @@ def _scored(made, real, scores, absent):
     for k, f in scores.items():
         if k in absent: continue
         try: found[k] = f(made, real)
-        except (ImportError, RuntimeError) as e: absent[k] = ' '.join(str(e).split())[:120]
+        except (ImportError, Absent) as e: absent[k] = ' '.join(str(e).split())[:120]
     return found

@@ -99,6 +99,7 @@ def load_moco(
     path = Path(path)
     if path.is_dir(): path = path/'weights.safetensors'
     try:
+        if not path.is_file(): raise FileNotFoundError('there is no such file')  # or it is a pipe, and would wait
         with safe_open(path, 'pt') as f:
             config = json.loads((f.metadata() or {})['medsketch-moco'])
             make = lambda: MocoEncoder(config['channels'], config['depth'], config['width'])

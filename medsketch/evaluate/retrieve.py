@@ -159,6 +159,7 @@ def index_header(
     path, # any file
 ) -> dict|None: # `by`, the extractor's name; `size`, of the sketches
     "What an index holds, without reading it; None if the file is no index"
+    if not Path(path).is_file(): return None
     try:
         with safe_open(path, 'pt') as f: found = json.loads((f.metadata() or {}).get(_KEY, 'null'))
     except (OSError, SafetensorError, ValueError, RecursionError): return None

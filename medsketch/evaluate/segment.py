@@ -200,9 +200,9 @@ class _Files:
              device=None, # `default_device()` if not given
             ):
         "The segmenter as it was. Raises `ValueError` if the file is something else"
-        path = Path(path)/'weights.safetensors' if Path(path).is_dir() else path
+        path = Path(path)/('weights.safetensors' if Path(path).is_dir() else '')
         try:
-            with safe_open(path, 'pt') as f:
+            with safe_open(path if path.is_file() else '', 'pt') as f:  # a pipe would wait
                 config, flat = json.loads(f.metadata()['medsketch-segmenter']), {k: f.get_tensor(k) for k in f.keys()}
             without_memory(lambda: cls(**config)).net.load_state_dict(flat, assign=True) # shapes, before memory
             s = cls(**config)

@@ -17,7 +17,7 @@ import torch
 from ..core import check_size, default_device, keep_memory, sample_grid, scale, torch_rng
 from ..data import ImageData, as_image_data, load_images
 from ..data.batches import AUGMENT, Batches
-from ..models.factory import check_memory, without_memory
+from ..models.factory import check_batch, check_memory, without_memory
 from ..train.weights import check_fit, file_header, read_weights, shapes_in, start_from, take_up
 from ..train.weights import weights_file, write_weights
 from .arguments import check_arguments
@@ -136,7 +136,7 @@ class Saving:
         "Take up weights, all or none. Raises `ValueError` naming the first tensor that does not fit"
         nets, found = self.for_weights(read_weights(path))
         take_up(nets, found, path)
-        self.learned = nets.keys() & found.keys()
+        self.learned = {k for k, n in self.nets.items() if k in nets.keys() & found.keys() or not n.state_dict()}
         return self
 
     def for_weights(self,
@@ -161,6 +161,8 @@ class Saving:
 class Preparing:
     "What a recipe learns from"
     workers = 0  # threads that prepare the next batches
+    def shape_like(self, source): "Take arguments that the data leaves open from the weights to start from"
+    def check_ready(self, names, data, out=None): "Raises `ValueError` if one of these stages could not begin, later"
 
     def prepare(self,
                 data, # whatever the user passed
@@ -215,11 +217,15 @@ class Fitting:
            ):
         "Train stage by stage. Raises `ValueError` if data or run do not fit, `TrainingDiverged` on NaN"
         self.workers = 2 * (default_device().type == 'cuda') if workers is None else workers
+        check_batch(self.config)
         data, more, notes = self.prepare(data, more)
+        begun = read_config(out) if out and resume else {}
+        self.shape_like(source := Path(out)/'init.safetensors' if 'init' in begun else init)
         self.to(make_accelerator().device)  # all: those of other stages are used beside them
         todo = self.stages(data, more)
         chosen = choose(todo, stages)
-        notes = notes | self._start(init, out and Path(out), resume)
+        notes = notes | self._start(init, source, out and Path(out), begun)
+        self.check_ready({s.name for s in todo if s.steps and s.name in chosen}, data, out)
         if init: _warn_of_idle(notes['init']['weights'], [s for s in todo if s.steps and s.name in chosen])
         if out: open_run(self, out, data, resume, noted, **notes)
         meta = dict(recipe=self.name, config=json.dumps(self.config), data=data.fingerprint())
@@ -231,17 +237,15 @@ class Fitting:
         self._write(out)
         return self
 
-    def _start(self, init, out, resume):
+    def _start(self, init, source, out, begun):
         "Take up weights from elsewhere: what config.json says of it. A run keeps a copy, and goes on from that"
-        begun = read_config(out) if out and resume else {}
-        if not (init or 'init' in begun): return {}
-        kept, source = 'init' in begun and out/'init.safetensors', init or begun['init']['from']
-        taken = start_from(self.nets, kept or source)
+        if not source: return {}
+        taken = start_from(self.nets, source)
         self.learned |= taken.keys()
         if out and not begun and make_accelerator().is_main_process:
             head = dict(recipe=self.name, config=self.config)
             write_weights(out/'init.safetensors', {k: self.nets[k] for k in taken}, head)
-        return dict(init={'from': _paths(source), 'weights': taken})
+        return dict(init={'from': _paths(init or begun['init']['from']), 'weights': taken})
 
 # %% ../../nbs/06_recipes/00_base.ipynb #4e22bb93
 def _warn_of_idle(taken, stages):
@@ -361,7 +365,7 @@ class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks)
         return self
 
     @property
-    def device(self): return next(next(iter(self.nets.values())).parameters()).device
+    def device(self): return next(p for n in self.nets.values() for p in n.parameters()).device
 
 # %% ../../nbs/06_recipes/00_base.ipynb #d7c0e381
 def with_int_keys(

@@ -8,6 +8,7 @@ __all__ = ['GAN_ARGUMENTS', 'SMALL', 'PRESETS', 'perceptual', 'Similarity', 'Enc
 
 # %% ../../nbs/06_recipes/10_sketch2medi.ipynb #3c12a7eb
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from ..train.contrast import KeyEncoder, MocoEncoder, MocoLoss, Views
 from ..train.losses import logistic_d, logistic_g, r1_penalty
 from ..train.stages import Stage
 from ..train.trainer import Callback, Phase
+from ..train.weights import about
 
 # %% ../../nbs/06_recipes/10_sketch2medi.ipynb #cff3f0a4
 def perceptual(
@@ -122,6 +124,7 @@ class FollowC(Callback):
     "The slow copy follows C after each step"
     def after_step(self, trainer): trainer.nets.K.follow(trainer.nets.C)
 
+# %% ../../nbs/06_recipes/10_sketch2medi.ipynb #5d0c9a41
 class Sketch2MedIData(SynthData):
     "What the stages learn from"
     def prepare(self, data, more=None):
@@ -139,10 +142,26 @@ class Sketch2MedIData(SynthData):
         from_disk = not isinstance(data, ImageData)
         return (annotated if from_disk else sized)(data, self.config['size'], self.config['channels'])
 
+    def shape_like(self, source):
+        "The number of classes, from the run that S comes from"
+        source = source.get('S') if isinstance(source, dict) else source
+        if source is None or self.config['classes'] is not None: return
+        if classes := about(source)[1].get('classes'):
+            self.config['classes'] = classes
+            self.build()
+
     def _segments(self, data, more):
         "Is there anything for S to learn from?"
         if more is not None: return True
         return self.config['segment_steps'] > 0 and isinstance(data, ImageData) and data.masks is not None
+
+    def check_ready(self, names, data, out=None):
+        "E and H need sketches: those of the data, or S"
+        drawn = 'sketch' in data.planes or 'segment' in names or 'S' in self.learned
+        begun = out and (Path(out)/'segment'/'checkpoints').is_dir()
+        if drawn or begun or not {'encoder', 'refine'} & names: return
+        raise ValueError("E learns from sketches: the data has none, and no S is trained to draw them (it needs masks "
+                         "beside the images, masks/NAME.png, and segment_steps) or given (init={'S': RUN})")
 
     def paired(self, data):
         "Images with sketches: their own, or those that S draws"
@@ -165,7 +184,8 @@ class Sketch2MedIStages(SynthStages):
 
     def stages(self, data, more=None):
         steps = {k: self.config[f'{k}_steps'] for k in ('segment', 'gan', 'moco', 'encoder', 'refine')}
-        made = [self.segment_stage(more, steps['segment'])] if more is not None else []
+        learns = more is not None or data is None # of a plan without data all stages are named
+        made = [self.segment_stage(more, steps['segment'])] if learns else []
         gan = self.gan.stages(data)[0]
         gan.steps = steps['gan']
         return [*made, gan, self.moco_stage(data, steps['moco']), self.encoder_stage(data, steps['encoder']),

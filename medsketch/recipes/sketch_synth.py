@@ -120,9 +120,9 @@ class SynthStages:
     def segment_stage(self, data, steps):
         c = self.config
         opt = self.adam('S', lr=c.get('lr_sketch', c['lr']), betas=(.9, .999))
-        keys = ('image', 'mask', *(k for k in ('instances',) if k in data.planes))
+        keys = lambda: ('image', 'mask', *({'instances'} & data.planes.keys()))
         return Stage('segment', ('S',), [Phase('S', self.segment_loss, opt)], steps,
-                     lambda: self.stream(data, self.config['seed'], keys=keys), average=('S',),
+                     lambda: self.stream(data, self.config['seed'], keys=keys()), average=('S',),
                      draw=lambda: self.sketched(data))
 
     def stages(self, data, more=None): return [self.segment_stage(data, self.config['steps'])]

@@ -93,8 +93,8 @@ class Ema(_Averages):
         half = max(min(self.halflife, trainer.images * self.rampup), 1e-8)
         weight = 1 - .5 ** (images / half)
         for k, avg in self.nets.items():
-            src = self.sources[k]
-            torch._foreach_lerp_(list(avg.parameters()), list(src.parameters()), weight)
+            src, kept = self.sources[k], list(avg.parameters())
+            if kept: torch._foreach_lerp_(kept, list(src.parameters()), weight)  # a network may have no weights
             for a, b in zip(avg.buffers(), src.buffers()): a.copy_(b)
 
 # %% ../../nbs/05_train/03_callbacks.ipynb #60824e02

@@ -35,7 +35,9 @@ def writing(
     "Around a write. Raises `RuntimeError` in one line if the disk refuses"
     try: yield
     except (OSError, RuntimeError) as e:
-        why = getattr(e, 'strerror', None) or e
+        first = e  # PyTorch's writer stumbles over what it was called for: the disk said why before
+        while not isinstance(first, OSError) and first.__context__: first = first.__context__
+        why = getattr(first, 'strerror', None) or e
         raise RuntimeError(f"could not write {what} {path}: {why}; checkpoints written before are untouched") from e
 
 def sweep(
@@ -50,7 +52,7 @@ def checkpoints(
     folder, # a run's checkpoint folder
 ) -> list: # paths, oldest first
     "The numbered checkpoints in a folder"
-    found = [p for p in Path(folder).glob('*.pt') if re.fullmatch(r'\d+', p.stem)]
+    found = [p for p in Path(folder).glob('*.pt') if re.fullmatch(r'\d+', p.stem) and p.is_file()]
     return sorted(found, key=lambda p: int(p.stem))
 
 # %% ../../nbs/05_train/04_checkpoints.ipynb #de113a6b

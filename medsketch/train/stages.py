@@ -41,10 +41,12 @@ def choose(
     stages:list, # of `Stage`
     names=None, # which of them to train; None for all
 ) -> list: # their names
-    "Which stages to train. Raises `ValueError` for a name that none has"
+    "Which stages to train. Raises `ValueError` for a name that none has, or one without steps"
     known = [s.name for s in stages]
     if odd := [n for n in names or () if n not in known]:
         raise ValueError(f"no stage is called {odd[0]!r}; there are: {', '.join(known)}")
+    if idle := [s.name for s in stages if names and s.name in names and not s.steps]:
+        raise ValueError(f"stage {idle[0]} has 0 steps: give it some, or leave it out")
     return list(names or known)
 
 # %% ../../nbs/05_train/05_stages.ipynb #d4dae4dc
@@ -55,7 +57,7 @@ def read_config(
     path = Path(out)/'config.json'
     if not path.exists(): return {}
     why = ''
-    try: found = dict(json.loads(path.read_text(encoding='utf-8')))
+    try: found = {} if not path.is_file() else dict(json.loads(path.read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError, RecursionError): why = 'is no table of names and values'
     else: why = next((f'has an odd {k!r}' for k, kind in ENTRIES.items() if not isinstance(found.get(k), kind)), '')
     if not why and not found: why = 'is empty'

@@ -31,7 +31,7 @@ class Phase:
     "One kind of update: a loss, the optimiser that follows it, and how often"
     name:str # short name, a column of the log: 'D', 'G', 'D_r1'
     loss:Callable # loss(nets, batch) -> scalar, or a dict of scalars that are summed; `nets.G` is the network named 'G'
-    opt:torch.optim.Optimizer # its parameters learn in this phase, all others are frozen
+    opt:torch.optim.Optimizer # its parameters learn in this phase, but those that want no gradient
     every:int=1 # run on every k-th step, k times as strong (lazy regularisation: StyleGAN2, section 3.1)
     lazy:bool=True # False: on every k-th step without the factor, as WGAN's generator (its algorithm 1)
 
@@ -221,13 +221,22 @@ def _check_frozen(nets, frozen, phases):
             if any(id(p) in own for g in phase.opt.param_groups for p in g['params']):
                 raise ValueError(f"network {k} is frozen, but phase {phase.name} has its weights in its optimiser")
 
+def _check_phases(phases, still):
+    "Raises `ValueError` for a phase of which every parameter was frozen by hand"
+    for phase in phases:
+        if all(id(p) in still for g in phase.opt.param_groups for p in g['params']):
+            raise ValueError(f"phase {phase.name} has nothing to learn: all of its parameters were frozen before")
+
 class _Gradients:
-    "Inside, frozen networks take part without learning; afterwards every parameter wants what it wanted before"
+    """Inside, frozen networks take part without learning, as do parameters that wanted no gradient before;
+    afterwards every parameter wants what it wanted before"""
     def __init__(self, trainer): self.trainer = trainer
     def __enter__(self):
         t = self.trainer
         frozen = [p for n in t.frozen.values() for p in n.parameters()]
         self.before = [(p, p.requires_grad) for p in [*t.params, *frozen]]
+        t.still = {id(p) for p, wanted in self.before if not wanted}
+        _check_phases(t.phases, t.still)
         for p, _ in self.before: p.grad = None  # what an interrupted step, or the caller, left behind
         for p in frozen: p.requires_grad_(False)
     def __exit__(self, *_):
@@ -248,7 +257,7 @@ class _Steps(_Parts):
 
     def _run(self, phase, parts):
         "Loss and backward on every part of the batch, then the optimiser, of one phase"
-        own = {id(p) for g in phase.opt.param_groups for p in g['params']}
+        own = {id(p) for g in phase.opt.param_groups for p in g['params']} - self.still
         for p in self.params: p.requires_grad_(id(p) in own)
         total = {}
         for batch in parts:

@@ -85,6 +85,7 @@ def weights_file(
     if path.is_dir(): path = path/'weights.safetensors'
     if not path.exists():
         raise ValueError(f"{path} does not exist: pass a .safetensors file, or the folder of a finished run")
+    if not path.is_file(): raise ValueError(f"{path} is not a file that medsketch saved: it is a pipe or a device")
     return path
 
 def file_header(
