@@ -46,6 +46,14 @@ class Channels:
         planes = torch.stack([mask == k for k in self.labels], 1)
         return torch.cat([image, planes.to(image) * 2 - 1], 1)
 
+    def softened(self,
+                 x, # (N, C + K, H, W), real or drawn
+                ): # the same shape
+        "Maps averaged over 3 × 3 pixels: real ones are exactly -1 or 1, and nothing shall be known by that alone"
+        if not self.labels: return x
+        image, maps = x.tensor_split([self.config['channels']], 1)
+        return torch.cat([image, F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)], 1)
+
     def split(self,
               x, # (N, C + K, H, W)
               soft:bool=False, # also the channels themselves, as `seg`
@@ -127,7 +135,7 @@ class Growing:
     def callbacks(self): return [self.fade]
     def columns(self): return self.fade.columns()
     def generate(self, G, noise, batch): return G(noise, self.fade.size, self.fade.of('G'))
-    def judge(self, D, x): return D(x, self.fade.of('D'))
+    def judge(self, D, x): return D(self.softened(x), self.fade.of('D'))
     def real(self, batch):
         return grow_reals(self.stack(batch['image'], batch.get('mask')), self.fade.size, self.fade.of('D'))
 
