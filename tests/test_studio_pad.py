@@ -778,7 +778,7 @@ def test_every_control_has_a_label_a_tooltip_and_no_fixed_pixels():
         assert getattr(c, "description", "") or c is pad.bar.tools
         assert getattr(c, "tooltip", None) or getattr(c, "tooltips", None), c
         assert "px" not in (c.layout.width or "")
-    assert len(pad.bar.tools.tooltips) == len(pad.bar.tools.options) == 4
+    assert len(pad.bar.tools.tooltips) == len(pad.bar.tools.options) == 6
     assert [b.description for b in pad.bar.classes] == ["1 ovary", "2 follicle", "3 vessel"]
 
 
