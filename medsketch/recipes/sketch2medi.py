@@ -263,9 +263,12 @@ class Sketch2MedIOnPad:
         if mask is None: return sobel_sketch(image)[None], None
         return np.zeros((1, *np.shape(mask)), np.float32), np.asarray(mask)
 
+    @torch.no_grad()
     def draw(self, sketch, mask=None, steps=0, truncation=1., style=None):
-        "The image of every step"
-        made = self.render(with_outlines(sketch, mask), steps if 'H' in self.shared else 0, truncation, style)
+        "The image of every step; of an empty sheet that of the mean style"
+        whole, G = with_outlines(sketch, mask), self.nets['G']
+        if not whole.any(): return [G.synthesis(G.mapping.w_avg.expand(1, G.synthesis.styles, -1))[0].clamp(-1, 1)]
+        made = self.render(whole, steps if 'H' in self.shared else 0, truncation, style)
         return [x[0] for x in made]
 
 # %% ../../nbs/06_recipes/10_sketch2medi.ipynb #d3a00041

@@ -60,8 +60,9 @@ def with_outlines(
 ) -> np.ndarray: # (1, H, W) float32 in [0, 1]
     "Strokes, and the contours of what is painted in a mask"
     s = np.asarray(sketch, np.float32)
-    if mask is None or not np.any(mask): return s
-    return np.maximum(s, outlines(objects_of(np.asarray(mask))[0]).astype(np.float32)[None] / 255)
+    m = torch.zeros(1) if mask is None else torch.as_tensor(mask)
+    if not m.any(): return s
+    return np.maximum(s, outlines(objects_of(m)[0]).astype(np.float32)[None] / 255)
 
 # %% ../../nbs/06_recipes/08_sketch_synth.ipynb #651b6acb
 def objects_dice(

@@ -33,6 +33,7 @@ CSS = """<style>
 .medsketch-large img, .medsketch-column img {width: 6.2em; height: 6.2em}
 .medsketch-column {flex-direction: column; align-items: flex-start}
 .medsketch-chosen {outline: 3px solid #0072B2}
+.medsketch-reference button {border: 0; padding: .3em .8em; background: #eee; color: #222; cursor: pointer}
 .medsketch-reference img {display: block; width: min(100%, 24em)}
 </style>"""
 
@@ -52,7 +53,7 @@ class _Rows(widgets.VBox):
     "Pictures to choose from"
     def show(self,
              pictures:list, # (H, W, 3) uint8 of each step; the last one is the result
-             styled:dict, # {seed: (H, W, 3) uint8}, the same sketch in other styles; empty: as they are
+             styled:dict, # {seed: (H, W, 3) uint8}, the sketch in other styles, None: its own; empty: as they are
             ):
         "Put the pictures of an answer on the page"
         self.pictures, self.styled = pictures, styled or self.styled
@@ -62,9 +63,9 @@ class _Rows(widgets.VBox):
         self.steps.value = row('Steps', [thumb(p, f'step {k}', name(k), 'first' if k == 0 else name(k), k == at)
                                          for k, p in enumerate(pictures)], 'large') if several else ''
         if not self.more.value: return
-        own = {} if self.style else {'own': pictures[-1]}
-        tiles = [thumb(p, f'style {k}', f'style {k}', 'of the sketch' if k == 'own' else f'style {k}',
-                       k == (self.style or 'own')) for k, p in (own | self.styled).items()]
+        name = lambda k: 'of the sketch' if k is None else f'style {k}'
+        tiles = [thumb(p, f'style {k or "own"}', f'style {k or "of the sketch"}', name(k), k == self.style)
+                 for k, p in self.styled.items()]
         self.styles.value = row('Styles', tiles, 'large')
 
     def chosen(self,
@@ -106,7 +107,7 @@ class Choices(_Rows):
     def wanted(self) -> dict: # how: arguments of `draw`; styles: seeds to draw as well
         "What the next image is drawn with"
         own = dict(steps=self.controls.get('steps'), truncation=round(self.truncation.value, 2), style=self.style)
-        styles = range(1, 1 + self.controls.get('style', 0)) if self.more.value else ()
+        styles = (None, *range(1, 1 + self.controls.get('style', 0))) if self.more.value else ()
         return dict(how={k: v for k, v in own.items() if k in self.controls}, styles=tuple(styles))
 
     def take(self,

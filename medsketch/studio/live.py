@@ -79,7 +79,8 @@ class _Rendering(AppPage):
             self.rendered_original = key, self._draw(request['original'], how)[-1]
         before = self.rendered_original[1] if compares else None
         final = request['drawing'] is not None
-        styled = {k: self._draw(case, how | dict(style=k))[-1] for k in request['styles'] if final}
+        other = lambda k: pictures if k == how['style'] else self._draw(case, how | dict(style=k))
+        styled = {k: other(k)[-1] for k in request['styles'] if final}
         if final: self._search(request['drawing'])
         return request | dict(pictures=pictures, picture=pictures[-1], styled=styled, before=before)
 
@@ -95,6 +96,8 @@ class _Rendering(AppPage):
 # %% ../../nbs/08_studio/07_live.ipynb #37d2e33f
 class _Shown(_Rendering):
     "The answer on the page"
+    def _known_as(self, name): return Path(name).name if Path(name).is_absolute() else name
+
     def _show(self, answer):
         self.shown = answer
         self.choices.show(answer['pictures'], answer['styled'])
@@ -109,10 +112,10 @@ class _Shown(_Rendering):
         figures = ''.join(figure(*tile) for tile in tiles.items())
         self.compare.value = f'<div class="medsketch-compare">{figures}</div>' if tiles else ''
         self.stop_button.disabled = not tiles
-        self.caption.value = html.escape(caption(answer['name'], self.recipe.config))
+        self.caption.value = html.escape(caption(self._known_as(answer['name']), self.recipe.config))
         if answer['drawing'] and self.strip.add(answer['picture'], answer['drawing'], answer['name']):
             self.last.value = self.strip.html()
-        self.say(f"{answer['name']}: rendered in {self.seconds['model'] * 1000:.0f} ms. Synthetic, not for diagnosis.")
+        self.say(f"{self._known_as(answer['name'])}: rendered in {self.seconds['model'] * 1000:.0f} ms. Synthetic, not for diagnosis.")
 
 # %% ../../nbs/08_studio/07_live.ipynb #3085c5c5
 class _Weights(_Shown):
