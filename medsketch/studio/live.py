@@ -115,7 +115,8 @@ class _Shown(_Rendering):
         self.caption.value = html.escape(caption(self._known_as(answer['name']), self.recipe.config))
         if answer['drawing'] and self.strip.add(answer['picture'], answer['drawing'], answer['name']):
             self.last.value = self.strip.html()
-        self.say(f"{self._known_as(answer['name'])}: rendered in {self.seconds['model'] * 1000:.0f} ms. Synthetic, not for diagnosis.")
+        took = f"{self._known_as(answer['name'])}: rendered in {self.seconds['model'] * 1000:.0f} ms"
+        self.say(f'{took}. Synthetic, not for diagnosis.')
 
 # %% ../../nbs/08_studio/07_live.ipynb #3085c5c5
 class _Weights(_Shown):
