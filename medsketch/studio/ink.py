@@ -177,12 +177,12 @@ def placing(
     region:np.ndarray, # (n, n) bool
     stroke:Stroke, # of a tool in `MOVES`: from its first point to its last
 ) -> np.ndarray: # (2, 3), for pixels
-    "Where the points of a region go: along with the pointer, or away from its middle as far as the pointer"
+    "Where the points of a region go: with the pointer, or so that its radius grows as the pointer leaves its middle"
     start, end = (np.array(stroke.points[i]) * len(region) for i in (0, -1))
     if stroke.tool == 'move': return np.column_stack([np.eye(2), end - start])
     middle = np.argwhere(region).mean(0)[::-1]
-    far = lambda p: max(np.linalg.norm(p - middle), 1.)
-    scale = min(max(far(end) / far(start), .2), 5.)
+    radius = np.sqrt(region.sum() / np.pi)
+    scale = np.clip(1 + (np.linalg.norm(end - middle) - np.linalg.norm(start - middle)) / radius, .2, 5.)
     return np.column_stack([scale * np.eye(2), (1 - scale) * middle])
 
 # %% ../../nbs/08_studio/00_ink.ipynb #085cef96
