@@ -854,7 +854,7 @@ def test_a_region_is_resized_by_as_much_as_the_pointer_moves_outwards():
 
 
 def test_ink_of_no_class_leaves_objects_whole():
-    drawing, sketch, mask = ovary()
+    drawing, _, mask = ovary()
     drawing.add(Stroke("pen", ((0, 0.5), (1, 0.5)), 0.05, 0))
     assert (drawing.mask() == mask).all()
     bare = drawing.sketch(bare=True)[0]

@@ -232,7 +232,8 @@ class _Walks:
             write_walk(path, self.frames)
             data = base64.b64encode(path.read_bytes()).decode()
         kind = 'image/gif' if ending == 'gif' else 'video/mp4'
-        self.text.value = f'<a download="walk.{ending}" href="data:{kind};base64,{data}">walk.{ending}</a>, ' \
+        look = 'style="color: #0072B2; text-decoration: underline"'
+        self.text.value = f'<a {look} download="walk.{ending}" href="data:{kind};base64,{data}">walk.{ending}</a>, ' \
                           f'{len(self.frames)} pictures, {len(data) * 3 // 4000} kB'
 
 # %% ../../nbs/08_studio/10_explorer.ipynb #37e12b2f
@@ -297,7 +298,8 @@ class Explorer(_Acts, _Walks, _Controls):
         self.text = widgets.HTML()
         self.pins = {k: _picture(160, f'medsketch-anchor-{k}') for k in 'AB'}
         slider = lambda n: widgets.FloatSlider(0, min=-4, max=4, step=.1, description=n, continuous_update=False,
-                                               style=dict(description_width='130px'))
+                                               style=dict(description_width='130px'),
+                                               layout=widgets.Layout(width='32em', max_width='100%'))
         self.sliders = {n: slider(n) for n in self.place.ways}
         for n, s in self.sliders.items(): s.observe(lambda change, n=n: self._slid(n, change['new']), 'value')
         self._buttons()
