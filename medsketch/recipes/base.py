@@ -318,6 +318,7 @@ class Checks:
 # %% ../../nbs/06_recipes/00_base.ipynb #0f0cfa7c
 RECIPES = {}  # name -> class; the command line and the studio know recipes only through it
 
+# %% ../../nbs/06_recipes/00_base.ipynb #4f875b24
 class Recipe(OnPad, Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks):
     "Base of all systems: subclasses have `networks`, `stages` and `sample`, perhaps `render`"
     name = ''        # key in `RECIPES`

@@ -165,8 +165,8 @@ class _Paper:
             layer.fill_text(text, x, y)
 
 # %% ../../nbs/08_studio/02_board.ipynb #5c363090
-class _Live(_Paper):
-    "What changes while somebody draws"
+class _Edges(_Paper):
+    "Where a region would go"
     def _edge(self, layer, stroke):
         "The outline of the region that would be moved, where it would go"
         region = region_at(self.drawing.mask(), *stroke.points[0])
@@ -177,6 +177,9 @@ class _Live(_Paper):
             layer.stroke_style, layer.line_width = colour, width
             layer.stroke_polygon(edge * self.view / len(region))
 
+# %% ../../nbs/08_studio/02_board.ipynb #4ac66a1b
+class _Live(_Edges):
+    "What changes while somebody draws"
     def live(self,
         brush:Brush, # what is being drawn with
         points, # of the stroke so far, in sides; the last step of it is drawn

@@ -74,25 +74,9 @@ class _Rows(widgets.VBox):
         "The picture of the step that is looked at"
         return pictures[-1 if self.step is None else min(self.step, len(pictures) - 1)]
 
-# %% ../../nbs/08_studio/06_choices.ipynb #35c28001
-class Choices(_Rows):
-    "Controls for what a recipe offers"
-    def __init__(self,
-                 changed, # changed(), after something that needs another image
-                ):
-        self.controls, self.step, self.style, self.styled, self.changed, self.quiet = {}, None, None, {}, changed, False
-        self.truncation = widgets.FloatSlider(
-            1., min=0, max=1.2, step=.05, description='Truncation', continuous_update=False,
-            style=dict(description_width='initial'), layout=widgets.Layout(width='19em'),
-            tooltip='Below 1 nearer to the mean image: safer and plainer; above 1 farther from it')
-        self.more = widgets.ToggleButton(
-            False, description='Other styles', icon='th-large', layout=widgets.Layout(width='auto'),
-            tooltip='The same sketch in the styles of other noise: press one to go on with it')
-        self.steps, self.styles = widgets.HTML(), widgets.HTML()
-        self.bar = widgets.HBox([self.truncation, self.more]).add_class('medsketch-bar')
-        super().__init__([self.bar, self.steps, self.styles], layout=widgets.Layout(overflow='visible'))
-        for w in (self.truncation, self.more): w.observe(self._changed, 'value')
-
+# %% ../../nbs/08_studio/06_choices.ipynb #3a430219
+class _Offered(_Rows):
+    "What is offered, and what is wanted of it"
     def offer(self,
               controls:dict, # from `Recipe.controls`
              ):
@@ -109,6 +93,25 @@ class Choices(_Rows):
         own = dict(steps=self.controls.get('steps'), truncation=round(self.truncation.value, 2), style=self.style)
         styles = (None, *range(1, 1 + self.controls.get('style', 0))) if self.more.value else ()
         return dict(how={k: v for k, v in own.items() if k in self.controls}, styles=tuple(styles))
+
+# %% ../../nbs/08_studio/06_choices.ipynb #35c28001
+class Choices(_Offered):
+    "Controls for what a recipe offers"
+    def __init__(self,
+                 changed, # changed(), after something that needs another image
+                ):
+        self.controls, self.step, self.style, self.styled, self.changed, self.quiet = {}, None, None, {}, changed, False
+        self.truncation = widgets.FloatSlider(
+            1., min=0, max=1.2, step=.05, description='Truncation', continuous_update=False,
+            style=dict(description_width='initial'), layout=widgets.Layout(width='19em'),
+            tooltip='Below 1 nearer to the mean image: safer and plainer; above 1 farther from it')
+        self.more = widgets.ToggleButton(
+            False, description='Other styles', icon='th-large', layout=widgets.Layout(width='auto'),
+            tooltip='The same sketch in the styles of other noise: press one to go on with it')
+        self.steps, self.styles = widgets.HTML(), widgets.HTML()
+        self.bar = widgets.HBox([self.truncation, self.more]).add_class('medsketch-bar')
+        super().__init__([self.bar, self.steps, self.styles], layout=widgets.Layout(overflow='visible'))
+        for w in (self.truncation, self.more): w.observe(self._changed, 'value')
 
     def take(self,
              style:str, # 'own', or a seed

@@ -107,8 +107,26 @@ class _Points:
         return f'{html.escape(name)}: ' + ' &nbsp; '.join(
             f'{dot(first[k])} {html.escape(k or "unknown")}' for k in sorted(first))
 
+# %% ../../nbs/08_studio/10_explorer.ipynb #5ef6a00e
+class _Painted(_Points):
+    "Points on a canvas"
+    def choose(self, i):
+        "Mark a point"
+        self.chosen = i
+        self.draw()
+
+    def draw(self, new_page=False):
+        "Paint all points, the chosen one ringed"
+        if new_page: self.canvas._canvas_manager._current_canvas = None          # it knows nothing yet
+        c = self.canvas[0]
+        with send_together(self.canvas):
+            c.clear()
+            c.fill_styled_circles(self.at[:, 0], self.at[:, 1], np.full(len(self.at), 5.), self.colours())
+            c.line_width, c.stroke_style = 2., 'black'
+            if self.chosen is not None: c.stroke_circle(*map(float, self.at[self.chosen]), 9)
+
 # %% ../../nbs/08_studio/10_explorer.ipynb #d6a3e9f7
-class MapCanvas(_Points):
+class MapCanvas(_Painted):
     "A map to click on"
     def __init__(self,
                  points, # (N, 2) from `latent_map`
@@ -142,21 +160,6 @@ class MapCanvas(_Points):
             framed = cv2.copyMakeBorder(small, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=(60, 60, 60))
             x, y = (int(v + 10 if v + 110 < self.side else v - 110) for v in self.at[near])
             put_pixels(top, np.dstack([framed, np.full(framed.shape[:2], 255, np.uint8)]), x, y)
-
-    def choose(self, i):
-        "Mark a point"
-        self.chosen = i
-        self.draw()
-
-    def draw(self, new_page=False):
-        "Paint all points, the chosen one ringed"
-        if new_page: self.canvas._canvas_manager._current_canvas = None          # it knows nothing yet
-        c = self.canvas[0]
-        with send_together(self.canvas):
-            c.clear()
-            c.fill_styled_circles(self.at[:, 0], self.at[:, 1], np.full(len(self.at), 5.), self.colours())
-            c.line_width, c.stroke_style = 2., 'black'
-            if self.chosen is not None: c.stroke_circle(*map(float, self.at[self.chosen]), 9)
 
 # %% ../../nbs/08_studio/10_explorer.ipynb #2838aba7
 def _picture(width, css):

@@ -38,8 +38,8 @@ from ..train.weights import about, file_header
 def _data(content, kind): return f'data:{kind};base64,{base64.b64encode(content).decode()}'
 
 # %% ../../nbs/08_studio/07_live.ipynb #7d2cfad6
-class _Rendering(AppPage):
-    "Requests and their answers"
+class _Asking(AppPage):
+    "Requests"
     def on_pad(self) -> tuple: # sketch (1, H, W) in [0, 1]; mask (H, W), or None where nothing can be painted
         "What the pad holds, at the size of the weights"
         size = self.config['size']
@@ -53,6 +53,9 @@ class _Rendering(AppPage):
         self.worker.ask(dict(name=self.name, sketch=sketch, mask=mask, original=self.original, real=self.real,
                              drawing=self.pad.drawing.snapshot() if final else None) | self.choices.wanted())
 
+# %% ../../nbs/08_studio/07_live.ipynb #cac47721
+class _Rendering(_Asking):
+    "Requests become answers, in the thread that renders"
     def _load(self, name):
         "Load weights, in the thread that renders"
         recipe = self.given.get(name) or load(self.places.get(name, name))
@@ -119,8 +122,8 @@ class _Shown(_Rendering):
         self.say(f'{took}. Synthetic, not for diagnosis.')
 
 # %% ../../nbs/08_studio/07_live.ipynb #3085c5c5
-class _Weights(_Shown):
-    "Which weights are rendered with"
+class _Known(_Shown):
+    "What is known of weights before they are loaded"
     def _choose(self, name):
         "Look weights up, without loading them"
         if name not in self.given and name not in self.places: self.places[name] = find_weights(name)
@@ -153,6 +156,9 @@ class _Weights(_Shown):
         self.children = [widgets.HTML(CSS), self._layout()]
         self.untouched = self.pad.drawing.version
 
+# %% ../../nbs/08_studio/07_live.ipynb #e1e7c5a9
+class _Weights(_Known):
+    "Which weights are rendered with"
     def use(self,
             name, # whatever `medsketch.load` takes
            ):
