@@ -127,8 +127,7 @@ class Saving:
              half:bool=False, # keep convolutions in 16 bits: half the file, images the same to the eye
             ):
         "Write configuration and weights in one file. Raises `RuntimeError` if the disk refuses"
-        head = dict(recipe=self.name, config=self.config)
-        if self.class_names: head['classes'] = list(self.class_names)
+        head = dict(recipe=self.name, config=self.config) | ({'classes': [*self.class_names]} if self.class_names else {})
         if self.fade and not self.fade.grown: head['grown'] = [self.fade.size, self.fade.alpha, self.fade.alphas]
         write_weights(path, self.shared, head, half)
 
@@ -327,7 +326,7 @@ class Recipe(OnPad, Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, 
     pairs = 1        # pairs of networks that are trained one after the other, each for the steps of `steps_each`
     least = 4        # smallest size, pixels
     masks = False    # does it learn from masks?
-    class_names = () # of the masks it learned from, background first
+    class_names = () # of the masks it learned from
 
     def __init_subclass__(cls):
         if cls.name: RECIPES[cls.name] = cls
@@ -396,6 +395,6 @@ def load_recipe(
         recipe = make()
     except TypeError as e:
         raise ValueError(f"{path} does not fit this version of recipe {head['recipe']} ({e})") from None
-    recipe.class_names = tuple(head.get('classes', ()))
+    if 'classes' in head: recipe.class_names = tuple(head['classes'])
     if 'grown' in head: recipe.fade.size, recipe.fade.alpha, recipe.fade.alphas = head['grown']
     return recipe.load_weights(weights_file(path)).to(device or default_device())
