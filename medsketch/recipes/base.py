@@ -127,7 +127,7 @@ class Saving:
              half:bool=False, # keep convolutions in 16 bits: half the file, images the same to the eye
             ):
         "Write configuration and weights in one file. Raises `RuntimeError` if the disk refuses"
-        head = dict(recipe=self.name, config=self.config) | {k: list(v) for k, v in [('classes', self.class_names)] if v}
+        head = dict(recipe=self.name, config=self.config, classes=list(self.class_names))
         if self.fade and not self.fade.grown: head['grown'] = [self.fade.size, self.fade.alpha, self.fade.alphas]
         write_weights(path, self.shared, head, half)
 
