@@ -33,9 +33,9 @@ def studio(browser, folder, name, *words):
 
 
 def tinted(ink, colour):
-    "Where the sheet shows a region of this colour"
-    want = 255 - 0.35 * (255 - np.array(colour, float))
-    return np.abs(ink - want).max(-1) < 12
+    "Where the sheet shows a region of this colour, or its outline"
+    full = np.array(colour, float)
+    return np.minimum(*(np.abs(ink - c).max(-1) for c in (full, 255 - 0.35 * (255 - full)))) < 12
 
 
 def test_objects_are_painted_moved_and_compared(browser, tmp_path):
