@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import threading
 import time
 import zipfile
@@ -11,11 +12,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from test_sketch2medi import TINY as SMALLEST
 
-from medsketch.core import png_bytes
-from medsketch.data import phantom_data
+from medsketch.core import png_bytes, save_png, to_uint8
+from medsketch.data import load_images, phantom_data
+from medsketch.evaluate.retrieve import index_sketches, save_index, style_codes
+from medsketch.phantoms import PHANTOMS, phantom
 from medsketch.recipes import RECIPES, recipe_class
+from medsketch.recipes.sketch_synth import objects_of, outlines
+from medsketch.sketch.conditions import background_sketch
 from medsketch.studio.live import LiveRender
+from medsketch.studio.near import Near, open_index
 from medsketch.studio.newest import Newest
 from medsketch.studio.paper import UploadRender
 from medsketch.studio.pictures import as_picture, difference, real_image, surprise
@@ -23,6 +30,7 @@ from medsketch.studio.strokes import Drawing
 from medsketch.studio.uploads import uploads
 
 TINY = {"latent_dim": 8, "fmap_base": 64, "fmap_max": 8, "ngf": 4, "ndf": 4, "receptive_field": 16}
+THROAT = {k: v for k, v in SMALLEST.items() if k != 'size'}
 
 
 def tiny(size=32, **kw):
@@ -94,7 +102,7 @@ def test_an_error_is_shown_and_does_not_end_the_thread(app):
     def broken(sketch):
         raise ValueError('the ink is <dry>')
 
-    right, app.drawer = app.drawer, type('Broken', (), {"render": staticmethod(broken)})
+    right, app.drawer = app.drawer, type('Broken', (), {"draw": staticmethod(broken)})
     draw(app, (50, 50), (100, 100))
     app.worker.wait(10)
     assert 'the ink is &lt;dry&gt;' in app.status.value and 'alert' in app.status.value
@@ -139,7 +147,8 @@ def test_surprise_is_a_function_of_the_seed(app):
 def test_surprise_without_a_sketch_generator_is_a_phantom(tmp_path):
     r = tiny()
     r.learned = {'G_P'}
-    assert surprise(r, 1).shape == (1, 32, 32) and surprise(r, 1).any() and (surprise(r, 1) != surprise(r, 2)).any()
+    one, two = (surprise(r, i)[0] for i in (1, 2))
+    assert one.shape == (1, 32, 32) and one.any() and (one != two).any()
     r.config['style'] = 'endoscopy'
     with pytest.raises(ValueError, match='no phantom shows endoscopy'):
         surprise(r, 1)
@@ -359,3 +368,134 @@ def test_keys_of_the_app_work_on_the_sheet(app):
     press('x')
     assert len(list(app.out.iterdir())) == 1
     assert 'S surprise' in app.pad.message.value
+
+
+def paints(tmp_path, **kw):
+    small = {'size': 32, 'ngf': 4, 'blocks': 1, 'ndf': 4, 'receptive_field': 1, 'fade_maps': 4, 'classes': 3}
+    r = recipe_class('pgsgan')(**small)
+    r.class_names = PHANTOMS['ultrasound'].classes
+    a = LiveRender(r, out=tmp_path / 'out', **kw)
+    assert a.worker.wait(20)
+    return a
+
+
+def test_a_recipe_of_masks_gets_a_palette_and_its_condition(tmp_path):
+    app = paints(tmp_path, example=True)
+    assert [b.description for b in app.pad.bar.classes] == ['0 strokes', '1 ovary', '2 follicle']
+    scan = phantom('ultrasound', 32, 0)
+    sketch, mask = app.on_pad()
+    assert (mask == scan['mask'].numpy()).all() and (sketch[0] == background_sketch(scan['image'], mask)).all()
+    assert (pixels(app) == as_picture(app.recipe.render(app.recipe.condition(mask, sketch))[0])).all()
+    app.pad.tool, app.pad.cls = 'region', 2
+    draw(app, (20, 20), (120, 20), (120, 120), (20, 120))
+    sketch, painted = app.on_pad()
+    assert (painted[2:7, 2:7] == 2).all() and not sketch[0, 2:7, 2:7].any()
+    app.pad.tool, app.pad.cls = 'pen', 0
+    draw(app, (20, 60), (400, 60))  # strokes over an object leave it whole
+    sketch, again = app.on_pad()
+    assert (again == painted).all() and sketch[0, 3, 10:20].any() and not sketch[0, 3, 2:7].any()
+
+
+def test_a_case_is_edited_and_compared(tmp_path):
+    scans = phantom_data('ultrasound', 2, 32, seed=5)
+    app = paints(tmp_path, images=scans)
+    app.example.value = 1
+    before = pixels(app)
+    assert (app.on_pad()[1] == scans[1]['mask'].numpy()).all() and 'alt="real"' in app.compare.value
+    y, x = np.argwhere(app.on_pad()[1] == 1).mean(0) * 16
+    app.pad.tool = 'move'
+    draw(app, (x, y), (x + 100, y + 40))
+    assert (pixels(app) != before).any() and (app.shown['before'] == before).all()
+    app.pad.undo()
+    assert (pixels(app) == before).all()
+
+
+def test_other_weights_bring_another_pad_and_keep_the_strokes(tmp_path):
+    app = paints(tmp_path, models=[])
+    draw(app, (50, 50), (400, 300))
+    sketch = app.pad.sketch()
+    r = tiny()
+    r.save(tmp_path / 'eyes.safetensors')
+    app.model.options = [*app.model.options, str(tmp_path / 'eyes.safetensors')]
+    app.model.value = str(tmp_path / 'eyes.safetensors')
+    assert app.pad.drawing.classes == ('background', 'stroke') and (app.pad.sketch() == sketch).all()
+    assert (pixels(app) == as_picture(r.render(sketch)[0])).all()
+    assert 'eyes.safetensors' in app.status.value and str(tmp_path) not in app.status.value
+    tell(app, 'recall 1')
+    assert app.pad.drawing.classes[1:] == ('ovary', 'follicle') and (app.pad.sketch() == sketch).all()
+
+
+@pytest.fixture
+def throat(tmp_path):
+    r = recipe_class('sketch2medi')(**THROAT, size=32, classes=5, refine=2)
+    r.class_names = PHANTOMS['pharynx'].objects
+    folder = tmp_path / 'throats'
+    for i, sample in enumerate(phantom_data('pharynx', 6, 32)):
+        save_png(folder / f'{i}.png', to_uint8(sample['image']))
+    a = LiveRender(r, out=tmp_path / 'out', retrieve=folder)
+    assert a.worker.wait(20)
+    return a
+
+
+def test_steps_styles_and_truncation_of_sketch2medi(throat):
+    app, c = throat, throat.choices
+    draw(app, (50, 50), (300, 300), (450, 120))
+    sketch = app.pad.sketch()
+    steps = app.recipe.render(sketch, steps=2)
+    assert (pixels(app) == as_picture(steps[2][0])).all() and c.steps.value.count('<button') == 3
+    tell(app, 'step 0')
+    assert (pixels(app) == as_picture(steps[0][0])).all() and c.steps.value.count('medsketch-chosen') == 1
+    tell(app, 'step 2')
+    c.more.value = True
+    assert app.worker.wait(20) and c.styles.value.count('<button') == 6
+    tell(app, 'style 3')
+    assert (pixels(app) == as_picture(app.recipe.render(sketch, style=3)[0])).all()
+    c.truncation.value = 0.5
+    assert (pixels(app) == as_picture(app.recipe.render(sketch, style=3, truncation=0.5)[0])).all()
+    tell(app, 'style 9')
+    assert 'there are 1 to 5' in app.pad.message.value
+    tell(app, 'style own')
+    assert (pixels(app) == as_picture(app.recipe.render(sketch, truncation=0.5)[0])).all()
+
+
+def test_what_is_painted_is_outlined_and_an_empty_sheet_is_the_mean(throat):
+    app = throat
+    mean = pixels(app)
+    assert 'alert' not in app.status.value and app.beside.value == ''
+    app.pad.tool, app.pad.cls = 'region', 2
+    draw(app, (100, 100), (400, 100), (400, 400), (100, 400))
+    mask = app.pad.mask()
+    assert (pixels(app) != mean).any()
+    want = app.recipe.render(outlines(objects_of(torch.tensor(mask))[0]).astype(np.float32) / 255)
+    assert (pixels(app) == as_picture(want[0])).all()
+
+
+def test_nearest_images_follow_the_drawing(throat):
+    app = throat
+    draw(app, (50, 50), (300, 300), (450, 120))
+    assert app.worker.wait(20) and app.beside.value.count('data-medsketch="near ') == 5
+    index = index_sketches(app.recipe.sketch_all(load_images(app.retrieve, 32)), style_codes(app.recipe))
+    _, which = index.search(app.pad.sketch(), 5)
+    assert [int(n) for n in re.findall(r'near (\d+)', app.beside.value)] == which[0].tolist()
+    tell(app, f'near {int(which[0, 0])}')
+    assert f'{int(which[0, 0])}.png' in app.large.value and 'Lay it under the sheet' in app.large.value
+    tell(app, f'under {int(which[0, 0])}')
+    assert app.pad.board.under.shape == (512, 512, 3)
+    tell(app, 'shut')
+    assert app.large.value == ''
+    app.pad.clear()
+    assert app.worker.wait(20) and 'draw something' in app.beside.value
+
+
+def test_an_index_that_lost_its_images_or_is_none_is_said_beside_the_image(throat, tmp_path):
+    index = index_sketches(throat.recipe.sketch_all(load_images(throat.retrieve, 32)), style_codes(throat.recipe),
+                           throat.retrieve)  # fmt: skip
+    save_index(tmp_path / 'a.safetensors', index)
+    found = open_index(tmp_path / 'a.safetensors', throat.recipe)
+    assert found.root == str(throat.retrieve) and Near(found).pixels(0, 32).shape == (32, 32, 3)
+    throat.retrieve.rename(tmp_path / 'elsewhere')
+    app = LiveRender(throat.recipe, out=tmp_path, retrieve=tmp_path / 'a.safetensors')
+    draw(app, (50, 50), (300, 300))
+    assert (pixels(app) != 0).any() and 'names images that are not there' in app.beside.value
+    with pytest.raises(ValueError, match='neither an index'):
+        open_index(__file__, throat.recipe)

@@ -91,7 +91,7 @@ def test_an_index_is_read_back(throats, recipe, tmp_path):
     again = load_index(path, style_codes(recipe))
     assert torch.equal(again.codes, index.codes) and again.size == 32
     assert again.paths == [f'{i}.png' for i in range(24)] and again.subjects == data.subjects
-    assert str(tmp_path).encode() not in path.read_bytes()
+    assert str(tmp_path).encode() not in path.read_bytes() and again.root == str(tmp_path / 'photos')
     first = path.read_bytes()
     save_index(path, again)
     assert path.read_bytes() == first

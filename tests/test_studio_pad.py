@@ -778,7 +778,7 @@ def test_every_control_has_a_label_a_tooltip_and_no_fixed_pixels():
         assert getattr(c, "description", "") or c is pad.bar.tools
         assert getattr(c, "tooltip", None) or getattr(c, "tooltips", None), c
         assert "px" not in (c.layout.width or "")
-    assert len(pad.bar.tools.tooltips) == len(pad.bar.tools.options) == 4
+    assert len(pad.bar.tools.tooltips) == len(pad.bar.tools.options) == 6
     assert [b.description for b in pad.bar.classes] == ["1 ovary", "2 follicle", "3 vessel"]
 
 
@@ -801,3 +801,81 @@ def test_a_drawing_can_be_handed_over():
         and len(pad.bar.classes) == 3
         and not pad.bar.undo_button.disabled
     )
+
+
+def ovary():
+    "A disc with a smaller one in it, and strokes around"
+    y, x = np.mgrid[:64, :64]
+    far = lambda a, b: np.hypot(y - a, x - b)
+    mask = (far(30, 26) < 16).astype(np.int64) + (far(28, 24) < 5)
+    sketch = np.zeros((64, 64), np.float32)
+    sketch[2], sketch[:, 60], sketch[60, 10] = 1, 0.5, 0.25
+    drawing = Drawing(64, ("background", "ovary", "follicle"))
+    drawing.load(sketch, mask, 0)
+    return drawing, sketch, mask
+
+
+def test_a_case_is_loaded_exactly_and_comes_back_from_its_file():
+    drawing, sketch, mask = ovary()
+    for d in (drawing, Drawing.from_json(drawing.to_json())):
+        assert (d.mask() == mask).all() and np.abs(d.sketch(bare=True)[0] - sketch * (mask == 0)).max() < 0.003
+    with pytest.raises(ValueError, match="class 3"):
+        drawing.load(sketch, mask + 1, 0)
+    bad = drawing.to_json().replace('"classes":["background","ovary","follicle"]', '"classes":["background","ovary"]')
+    with pytest.raises(ValueError, match="action 0: the mask holds class 2|colours"):
+        Drawing.from_json(bad.replace(str(drawing.colours.tolist()).replace(" ", ""), "[[0,0,0],[9,9,9]]"))
+
+
+def test_a_region_moves_with_what_lies_on_it_and_nothing_else_changes():
+    drawing, sketch, mask = ovary()
+    drawing.add(Stroke("move", ((20 / 64, 40 / 64), (28 / 64, 44 / 64)), 0.02))
+    want = np.roll(mask, (4, 8), (0, 1))
+    assert (drawing.mask() == want).all()
+    clear = cv2.dilate(((mask > 0) | (want > 0)).astype(np.uint8), np.ones((5, 5))) == 0
+    assert (np.abs(drawing.sketch(bare=True)[0] - sketch)[clear] < 0.003).all()
+    drawing.add(Stroke("move", ((32 / 64, 32 / 64), (36 / 64, 36 / 64)), 0.02))  # the follicle alone
+    again = drawing.mask()
+    assert (again == 2).sum() == (mask == 2).sum() and ((again > 0) == (want > 0)).all()
+    drawing.add(Stroke("move", ((1 / 64, 60 / 64), (0.5, 0.5)), 0.02))  # nothing lies here
+    assert (drawing.mask() == again).all()
+    for _ in range(3):
+        drawing.undo()
+    assert (drawing.mask() == mask).all()
+
+
+def test_a_region_is_resized_by_as_much_as_the_pointer_moves_outwards():
+    for start in (25, 27):  # wherever it is taken hold of
+        drawing, _, mask = ovary()
+        drawing.add(Stroke("resize", ((start / 64, 28.5 / 64), ((start + 4) / 64, 28.5 / 64)), 0.02))
+        radius = lambda m: np.sqrt((m == 2).sum() / np.pi)
+        assert radius(drawing.mask()) - radius(mask) == pytest.approx(4, abs=0.8)
+        drawing.add(Stroke("resize", (((start + 4) / 64, 28.5 / 64), (start / 64, 28.5 / 64)), 0.02))
+        assert radius(drawing.mask()) == pytest.approx(radius(mask), abs=0.8)
+
+
+def test_ink_of_no_class_leaves_objects_whole():
+    drawing, _, mask = ovary()
+    drawing.add(Stroke("pen", ((0, 0.5), (1, 0.5)), 0.05, 0))
+    assert (drawing.mask() == mask).all()
+    bare = drawing.sketch(bare=True)[0]
+    assert bare[32, 55] == 1 and not bare[mask > 0].any() and drawing.sketch()[0][32, 26] == 1
+
+
+def test_move_and_strokes_on_the_pad():
+    pad = SketchPad(64, ("background", "ovary", "follicle"), strokes=True)
+    _, sketch, mask = ovary()
+    pad.load(sketch, mask, 0)
+    assert pad.cls == 0 and [b.description for b in pad.bar.classes] == ["0 strokes", "1 ovary", "2 follicle"]
+    key(pad, "2")
+    assert pad.cls == 2 and pad.bar.classes[2].icon == "check"
+    key(pad, "0")
+    key(pad, "m")
+    assert pad.cls == 0 and pad.tool == "move"
+    seen = []
+    pad.on_change(lambda pad, final: seen.append((final, pad.mask())))
+    pad.handle({"event": "mouse_down", "x": 20 * 8, "y": 40 * 8})
+    pad.handle({"event": "mouse_move", "x": 28 * 8, "y": 44 * 8})
+    pad.handle({"event": "mouse_up", "x": 28 * 8, "y": 44 * 8})
+    assert seen[-1][0] and (seen[-1][1] == np.roll(mask, (4, 8), (0, 1))).all()
+    key(pad, "z", ctrl=True)
+    assert (pad.mask() == mask).all()

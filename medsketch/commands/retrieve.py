@@ -43,18 +43,19 @@ def images_of(
     data:str, # a folder, a table, or phantoms:KIND
     size:int, # pixels
     recipe, # whose images these are; None for any
-) -> tuple: # an `ImageData`, and its names relative to the folder
+) -> tuple: # an `ImageData`, its names relative to the folder, and the folder; '' of phantoms
     "The images to search, listed"
     found = load_source(data, size, recipe and recipe.config['channels'], masks=False)
     report(found.skipped)
-    if str(data).startswith('phantoms:'): return found, list(found.paths)
+    if str(data).startswith('phantoms:'): return found, list(found.paths), ''
     root = Path(data).expanduser()
     root = root if root.is_dir() else root.parent
-    return found, [Path(os.path.relpath(p, root)).as_posix() for p in found.paths]
+    return found, [Path(os.path.relpath(p, root)).as_posix() for p in found.paths], str(root.resolve())
 
 def indexed(
     found, # an `ImageData`
     names:list, # of its images, relative
+    root:str, # to this folder
     extractor, # sketches to vectors
     recipe, # that draws the sketches; None for edge maps
     style:str, # of edge maps
@@ -63,7 +64,7 @@ def indexed(
     from medsketch.evaluate.retrieve import index_sketches
     from medsketch.sketch import add_sketches
     index = index_sketches(recipe.sketch_all(found) if recipe else add_sketches(found, style=style), extractor)
-    index.paths = names
+    index.paths, index.root = names, root
     return index
 
 # %% ../../nbs/11_cli/13_retrieve.ipynb #ffbbc0fe
@@ -142,10 +143,10 @@ def retrieve(source:str=typer.Argument(help="a sketch2medi run, an index that th
     extractor, recipe, index, size = describer(need_text('the run or index', source), model, size)
     free([place/f for f in ('found.csv', 'found.png', 'index.safetensors')[:2 if index else 3]], [], overwrite)
     queries, drawn = drawings_of(sketches, size)
-    found, names = images_of(data, size, recipe)
+    found, names, root = images_of(data, size, recipe)
     if k > len(found): raise ValueError(f"--k {k}: there are {len(found)} images")
     if not index:
-        index = indexed(found, names, extractor, recipe, style)
+        index = indexed(found, names, root, extractor, recipe, style)
         with disk(lambda: 'nothing is searched yet'): save_index(place/'index.safetensors', index)
     write_search(place, queries, drawn, found, names, index, k)
     tell(f"{k} images for each of {len(queries)} drawings in {place/'found.csv'}; found.png shows them")

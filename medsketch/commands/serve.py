@@ -17,10 +17,12 @@ def studio(recipe:str=typer.Argument('fundus', help="packaged name, file, folder
            host:str=typer.Option('127.0.0.1', help="address to listen on; 0.0.0.0 lets other machines in"),
            port:int=typer.Option(8866, help="0 takes any free one"),
            out:str=typer.Option('drawings', help="folder for exports"),
+           retrieve:str=typer.Option(None, help="show the nearest real images: an index that the command retrieve "
+                                                "wrote, or a folder of images"),
            browser:bool=typer.Option(True, help="open the page in the browser")):
     "Draw a sketch in the browser and watch it become an image."
     from medsketch.studio.app import serve
-    raise typer.Exit(serve(str(find_run(recipe)), host, port, Path(need_text('--out', out)), browser))
+    raise typer.Exit(serve(str(find_run(recipe)), host, port, Path(need_text('--out', out)), browser, retrieve))
 
 # %% ../../nbs/11_cli/08_serve.ipynb #5d1e0a02
 def study(folder:str=typer.Argument(help="folder of the study"),

@@ -89,6 +89,7 @@ class SketchIndex:
     paths:list # N names, relative to the folder of the set
     subjects:list # N names
     size:int # of the sketches, pixels
+    root:str = '' # the folder of the set, if it is known
 
     def __len__(self): return len(self.paths)
 
@@ -127,7 +128,8 @@ def index_sketches(
     parts = (range(i, min(i + 64, len(data))) for i in range(0, len(data), 64))
     codes = torch.cat([extractor(data.batch(rows)['sketch']) for rows in parts])
     paths = list(data.paths) if root is None else [Path(relpath(p, root)).as_posix() for p in data.paths]
-    return SketchIndex(extractor, codes, paths, list(data.subjects), data.size)
+    at = '' if root is None else str(Path(root).resolve())
+    return SketchIndex(extractor, codes, paths, list(data.subjects), data.size, at)
 
 # %% ../../nbs/07_evaluate/17_retrieve.ipynb #f9fe4da5
 def sheet(
@@ -149,8 +151,10 @@ def save_index(
     path, # the .safetensors file
     index:SketchIndex,
 ):
-    "Write an index, whole or not at all"
-    names = json.dumps(dict(paths=index.paths, subjects=index.subjects)).encode()
+    "Write an index, whole or not at all; of the folder of its images it keeps the way there, not the place"
+    try: root = Path(relpath(index.root, Path(path).resolve().parent)).as_posix() if index.root else ''
+    except ValueError: root = ''                                                  # on another drive
+    names = json.dumps(dict(paths=index.paths, subjects=index.subjects, root=root)).encode()
     about = dict(by=index.extractor.name, size=index.size)
     flat = dict(codes=index.codes.contiguous(), names=torch.frombuffer(bytearray(names), dtype=torch.uint8))
     with atomic_write(path) as f: f.write(to_bytes(flat, metadata={_KEY: json.dumps(about)}))
@@ -179,13 +183,14 @@ def load_index(
     try:
         with safe_open(path, 'pt') as f: codes, names = f.get_tensor('codes'), f.get_tensor('names')
         names = json.loads(names.numpy().tobytes())
-        paths, subjects = names['paths'], names['subjects']
+        paths, subjects, root = names['paths'], names['subjects'], names.get('root', '')
         fits = codes.ndim == 2 and codes.dtype == torch.float32 and bool(codes.isfinite().all())
         fits = fits and len(codes) == len(paths) == len(subjects) > 0
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError): fits = False
-    if not fits or not all(isinstance(x, str) for x in (*paths, *subjects)):
+    if not fits or not all(isinstance(x, str) for x in (*paths, *subjects, root)):
         raise ValueError(f"{path} is damaged: index the images anew")
-    return SketchIndex(extractor, codes, paths, subjects, head['size'])
+    root = root and str((Path(path).resolve().parent/root).resolve())
+    return SketchIndex(extractor, codes, paths, subjects, head['size'], root)
 
 # %% ../../nbs/07_evaluate/17_retrieve.ipynb #7a7d4188
 def mask_overlap(

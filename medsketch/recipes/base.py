@@ -21,6 +21,7 @@ from ..models.factory import check_batch, check_memory, without_memory
 from ..train.weights import check_fit, file_header, read_weights, shapes_in, start_from, take_up
 from ..train.weights import weights_file, write_weights
 from .arguments import check_arguments
+from .controls import OnPad
 from ..sketch import add_sketches
 from ..train.callbacks import Ema, Fade
 from ..train.checkpoints import TrainingDiverged, newest_checkpoint
@@ -126,7 +127,7 @@ class Saving:
              half:bool=False, # keep convolutions in 16 bits: half the file, images the same to the eye
             ):
         "Write configuration and weights in one file. Raises `RuntimeError` if the disk refuses"
-        head = dict(recipe=self.name, config=self.config)
+        head = dict(recipe=self.name, config=self.config, classes=list(self.class_names))
         if self.fade and not self.fade.grown: head['grown'] = [self.fade.size, self.fade.alpha, self.fade.alphas]
         write_weights(path, self.shared, head, half)
 
@@ -320,7 +321,8 @@ class Checks:
 # %% ../../nbs/06_recipes/00_base.ipynb #0f0cfa7c
 RECIPES = {}  # name -> class; the command line and the studio know recipes only through it
 
-class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks):
+# %% ../../nbs/06_recipes/00_base.ipynb #4f875b24
+class Recipe(OnPad, Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks):
     "Base of all systems: subclasses have `networks`, `stages` and `sample`, perhaps `render`"
     name = ''        # key in `RECIPES`
     presets = {}     # {scale: keyword arguments}
@@ -328,6 +330,7 @@ class Recipe(Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, Checks)
     pairs = 1        # pairs of networks that are trained one after the other, each for the steps of `steps_each`
     least = 4        # smallest size, pixels
     masks = False    # does it learn from masks?
+    class_names = () # of the masks it learned from
 
     def __init_subclass__(cls):
         if cls.name: RECIPES[cls.name] = cls
@@ -396,5 +399,6 @@ def load_recipe(
         recipe = make()
     except TypeError as e:
         raise ValueError(f"{path} does not fit this version of recipe {head['recipe']} ({e})") from None
+    if 'classes' in head: recipe.class_names = tuple(head['classes'])
     if 'grown' in head: recipe.fade.size, recipe.fade.alpha, recipe.fade.alphas = head['grown']
     return recipe.load_weights(weights_file(path)).to(device or default_device())

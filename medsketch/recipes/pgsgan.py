@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'four_phases', 'Phases', 'at_size', 'GrowingLosses', 'PGSganData', 'PGSganGrowth', 'PGSganStages',
-           'PGSganRendering', 'PGSganSampling', 'PGSgan', 'ablation']
+           'PGSganRendering', 'PGSganSampling', 'PGSganOnPad', 'PGSgan', 'ablation']
 
 # %% ../../nbs/06_recipes/05_pgsgan.ipynb #d11cbb84
 import numpy as np
@@ -16,7 +16,8 @@ from ..models.fib import GrowingDiscriminator, GrowingGenerator, ResidualGenerat
 from ..models.patchgan import PatchDiscriminator
 from .base import Recipe
 from .dualgan import count_classes, mask_data
-from ..sketch.conditions import add_background_sketches, condition_picture, condition_planes
+from ..sketch.conditions import (
+    add_background_sketches, background_sketch, condition_picture, condition_planes)
 from ..train.adversarial import d_loss, g_loss
 from ..train.callbacks import Fade
 from ..train.growth import Growth, GrowthStage
@@ -119,6 +120,7 @@ class PGSganData:
             if found != 2: self.build()
         if 2 < c['classes'] < found:
             raise ValueError(f"the data has {found} classes, the recipe {c['classes']}: pass classes={found}")
+        if len(data.classes or ()) == c['classes']: self.class_names = tuple(data.classes)
         return add_background_sketches(data) if c['sketch'] else data
 
     def draw_from(self,
@@ -249,6 +251,25 @@ class PGSganSampling:
         shown = {k: batch[k] for k in ('sketch', 'mask') if k in batch and (k == 'mask' or self.config['sketch'])}
         return dict(image=self.render(self.condition(batch['mask'], batch.get('sketch')))) | shown
 
+# %% ../../nbs/06_recipes/05_pgsgan.ipynb #e5e08b1c
+class PGSganOnPad:
+    "PGSgan in the drawing app"
+    @classmethod
+    def controls(cls, config): return dict(mask=config['classes'] or 2)
+
+    @classmethod
+    def case(cls, config, image, mask=None):
+        "The object as it was marked, and edges of everything around it (§2.2)"
+        m = np.zeros(np.shape(image)[-2:], np.int64) if mask is None else np.asarray(mask)
+        if (config['classes'] or 2) == 2: m = (m > 0).astype(np.int64)
+        drawn = background_sketch(image, m) if config['sketch'] else np.zeros(m.shape, np.float32)
+        return drawn[None], m
+
+    def draw(self, sketch, mask=None):
+        "The image of a mask (H, W) and background strokes (1, H, W)"
+        m = torch.zeros(np.shape(sketch)[-2:], dtype=torch.int64) if mask is None else mask
+        return [self.render(self.condition(m, sketch))[0]]
+
 # %% ../../nbs/06_recipes/05_pgsgan.ipynb #6006ec5c
 PRESETS = dict(
     tour=dict(size=64, channels=1, ngf=8, ndf=8, receptive_field=34, fade_maps=8, base_steps=40, grow_steps=15,
@@ -258,7 +279,7 @@ PRESETS = dict(
     paper=dict(size=512, base_steps=71_200, grow_steps=21_360, full_steps=28_480))
 
 # %% ../../nbs/06_recipes/05_pgsgan.ipynb #b3615a33
-class PGSgan(PGSganData, PGSganGrowth, PGSganStages, PGSganRendering, PGSganSampling, Recipe):
+class PGSgan(PGSganData, PGSganGrowth, PGSganStages, PGSganRendering, PGSganSampling, PGSganOnPad, Recipe):
     "Mask and background sketch to image, editable, grown by fade-in blocks (Liang et al. 2020)"
     name = 'pgsgan'
     inference, pairs, least, masks = ('G_P',), 1, 16, True

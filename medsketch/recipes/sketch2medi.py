@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GAN_ARGUMENTS', 'SMALL', 'PRESETS', 'perceptual', 'Similarity', 'EncoderLosses', 'refine', 'RefineLosses', 'FollowC',
-           'Sketch2MedIData', 'Sketch2MedIStages', 'Sketch2MedIDrawing', 'Sketch2MedI']
+           'Sketch2MedIData', 'Sketch2MedIStages', 'Sketch2MedIDrawing', 'Sketch2MedIOnPad', 'Sketch2MedI']
 
 # %% ../../nbs/06_recipes/10_sketch2medi.ipynb #3c12a7eb
 import warnings
@@ -19,9 +19,12 @@ from ..data import ImageData
 from ..models.encoder import LatentDiscriminator, SketchEncoder
 from ..models.hyper import HyperNetwork, bent_synthesis
 from ..models.resnet import stages_of
+from ..models.stylegan2 import mix_styles
 from .base import Recipe, as_data, sized
-from .sketch_synth import SynthData, SynthDrawing, SynthStages, annotated, objects_dice
+from .sketch_synth import (
+    SynthData, SynthDrawing, SynthStages, annotated, objects_dice, with_outlines)
 from .stylegan2 import StyleGAN2
+from ..sketch.edges import sobel_sketch
 from ..sketch.files import sketch_batch
 from ..train.contrast import KeyEncoder, MocoEncoder, MocoLoss, Views
 from ..train.losses import logistic_d, logistic_g, r1_penalty
@@ -92,10 +95,11 @@ def refine(
     nets, # with G, E and H
     sketch:torch.Tensor, # (N, 1, H, W) in [0, 1]
     steps:int=3, # T
+    w:torch.Tensor|None=None, # (N, styles, w_dim) to begin with; what E makes of the sketch if not given
 ): # yields x̂_0 … x̂_T, (N, C, H, W) each
     "Eq. 6: draw, look, bend the weights, draw again"
     with torch.no_grad():
-        w = nets.E(sketch)
+        w = nets.E(sketch) if w is None else w
         image = nets.G.synthesis(w)
     yield image
     offsets = None
@@ -218,10 +222,21 @@ class Sketch2MedIStages(SynthStages):
 # %% ../../nbs/06_recipes/10_sketch2medi.ipynb #fbde8822
 class Sketch2MedIDrawing(SynthDrawing):
     "How Sketch2MedI draws"
+    def styles(self, s, truncation, style):
+        "Styles of sketches: the coarse half says where things are, the fine half may be another's (style mixing)"
+        G = self.nets['G']
+        w = self.nets['E'](s)
+        if style is not None:
+            other = G.styles(self.noise(1, style)).expand(len(w), -1, -1)
+            w = mix_styles(w, other, w.shape[1] // 2)
+        return G.mapping.truncate(w, truncation)
+
     @torch.no_grad()
     def render(self,
                sketch, # (N, 1, H, W), (1, H, W) or (H, W) in [0, 1], 1 = stroke
                steps:int|None=None, # refinement steps; a number asks for the image of every step
+               truncation:float=1., # ψ: 0 draws the mean style, whatever the sketch
+               style:int|None=None, # seed of a noise whose fine styles are taken; None: those of the sketch
               ): # (N, C, H, W) in [-1, 1]; with `steps` a list of steps + 1 of them
         "Render sketches. Raises `ValueError` for a sketch of another size or without a stroke"
         s = sketch_batch(sketch, self.config['size']).to(self.device)
@@ -229,7 +244,7 @@ class Sketch2MedIDrawing(SynthDrawing):
         trained = self.config['refine'] if 'H' in self.shared else 0
         nets, count = SimpleNamespace(**self.nets), trained if steps is None else steps
         if steps: self.need('H')
-        parts = [list(refine(nets, part, count)) for part in s.split(16)]
+        parts = [list(refine(nets, x, count, self.styles(x, truncation, style))) for x in s.split(16)]
         made = [torch.cat(images).clamp(-1, 1) for images in zip(*parts)]
         return made[-1] if steps is None else made
 
@@ -254,6 +269,28 @@ class Sketch2MedIDrawing(SynthDrawing):
         pair = lambda o: (o['masks'].cpu(), o['classes'].cpu())
         return float(np.nanmean([objects_dice(pair(a), pair(b)) for a, b in zip(self.find(made), self.find(real))]))
 
+# %% ../../nbs/06_recipes/10_sketch2medi.ipynb #d2ce8950
+class Sketch2MedIOnPad:
+    "Sketch2MedI in the drawing app"
+    @classmethod
+    def controls(cls, config):
+        steps = dict(steps=config['refine']) if config['refine'] and config['refine_steps'] else {}
+        return dict(mask=config['classes'] or 2) | steps | dict(truncation=1.2, style=5)
+
+    @classmethod
+    def case(cls, config, image, mask=None):
+        "The objects as they were marked, which the pad outlines; edges where nothing is marked"
+        if mask is None: return sobel_sketch(image)[None], None
+        return np.zeros((1, *np.shape(mask)), np.float32), np.asarray(mask)
+
+    @torch.no_grad()
+    def draw(self, sketch, mask=None, steps=0, truncation=1., style=None):
+        "The image of every step; of an empty sheet that of the mean style"
+        whole, G = with_outlines(sketch, mask), self.nets['G']
+        if not whole.any(): return [G.synthesis(G.mapping.w_avg.expand(1, G.synthesis.styles, -1))[0].clamp(-1, 1)]
+        made = self.render(whole, steps if 'H' in self.shared else 0, truncation, style)
+        return [x[0] for x in made]
+
 # %% ../../nbs/06_recipes/10_sketch2medi.ipynb #d3a00041
 SMALL = dict(size=32, latent_dim=32, w_dim=32, mapping_layers=2, fmap_base=512, fmap_max=32, lr=5e-3, path_length=.5,
              mixing=.5, diffaugment=None, ada=None, resnet=18, net_width=.25, convs=1, rank=16, batch_size=8)
@@ -271,7 +308,7 @@ PRESETS = dict(
                refine_steps=750_000))
 
 # %% ../../nbs/06_recipes/10_sketch2medi.ipynb #9106b4bd
-class Sketch2MedI(Sketch2MedIData, Sketch2MedIStages, Sketch2MedIDrawing, Recipe):
+class Sketch2MedI(Sketch2MedIData, Sketch2MedIStages, Sketch2MedIDrawing, Sketch2MedIOnPad, Recipe):
     "Free-hand sketch to image through StyleGAN2's styles (Cap and Fukuda 2024)"
     name = 'sketch2medi'
     inference, pairs, least, masks = ('S', 'G', 'E', 'H'), 5, 16, True

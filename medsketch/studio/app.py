@@ -15,16 +15,19 @@ import tempfile
 from pathlib import Path
 
 from ..core import atomic_write
+from ..evaluate.retrieve import index_header
 from ..pretrained import find_weights
 
 # %% ../../nbs/08_studio/08_app.ipynb #eca97888
 def studio_notebook(
     recipe:str='fundus', # whatever `medsketch.load` takes
     out='drawings', # folder for exports
+    retrieve=None, # an index or a folder of images, for the strip of nearest images
 ) -> dict: # the notebook, as JSON
     "A notebook of one cell: the drawing app"
+    near = f', retrieve={str(retrieve)!r}' if retrieve else ''
     return _notebook("from medsketch.studio.live import LiveRender\n"
-                     f"LiveRender({str(recipe)!r}, out={str(out)!r}, example=True)")
+                     f"LiveRender({str(recipe)!r}, out={str(out)!r}, example=True{near})")
 
 def study_notebook(
     folder, # that `make_study` wrote
@@ -60,11 +63,16 @@ def serve(
     port:int=8866, # 0: any free one
     out='drawings', # folder for exports
     browser:bool=True, # open the page
+    retrieve=None, # an index or a folder of images, for the strip of nearest images
 ) -> int: # exit status of the server
     "Serve the drawing app until interrupted. Raises `ValueError` for unusable weights or ports, or `ImportError`"
     find_weights(recipe)
     recipe = str(Path(recipe).resolve()) if Path(recipe).exists() else recipe
-    return serve_page(studio_notebook(recipe, Path(out).resolve()), host, port, browser)
+    if retrieve:
+        retrieve = Path(retrieve).expanduser().resolve()
+        if not retrieve.is_dir() and index_header(retrieve) is None:
+            raise ValueError(f"{retrieve} is neither an index that `medsketch retrieve` wrote nor a folder of images")
+    return serve_page(studio_notebook(recipe, Path(out).resolve(), retrieve), host, port, browser)
 
 def serve_page(
     notebook:dict, # of one cell

@@ -18,7 +18,7 @@ from ipycanvas.canvas import COMMANDS
 
 from ..core import to_pixels
 from ..data.readers import image_to_square
-from .ink import Stroke, smooth
+from .ink import MOVES, Stroke, placing, region_at, smooth
 from .strokes import Drawing
 
 # %% ../../nbs/08_studio/02_board.ipynb #31e465a4
@@ -84,7 +84,7 @@ def to_stroke(
     cls:int=1, # class id
 ) -> Stroke:
     "The stroke that drawn points stand for"
-    if tool == 'line': points = [points[0], points[-1]]
+    if tool in ('line', *MOVES): points = [points[0], points[-1]]
     else: points = smooth(points, closed=tool == 'region')
     return Stroke(tool, points, width, cls)
 
@@ -165,7 +165,20 @@ class _Paper:
             layer.fill_text(text, x, y)
 
 # %% ../../nbs/08_studio/02_board.ipynb #5c363090
-class _Live(_Paper):
+class _Edges(_Paper):
+    "Where a region would go"
+    def _edge(self, layer, stroke):
+        "The outline of the region that would be moved, where it would go"
+        region = region_at(self.drawing.mask(), *stroke.points[0])
+        if region is None: return
+        found = cv2.findContours(region.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
+        edge = cv2.transform(max(found, key=len).astype(float), placing(region, stroke))[:, 0] + .5
+        for colour, width in (('white', 4.), ('#0072B2', 2.)):
+            layer.stroke_style, layer.line_width = colour, width
+            layer.stroke_polygon(edge * self.view / len(region))
+
+# %% ../../nbs/08_studio/02_board.ipynb #4ac66a1b
+class _Live(_Edges):
     "What changes while somebody draws"
     def live(self,
         brush:Brush, # what is being drawn with
@@ -174,7 +187,7 @@ class _Live(_Paper):
         "Send the newest piece of a stroke"
         layer, step = self.canvas[1], np.array(points[-2:]) * self.view
         with send_together(self.canvas):
-            if brush.tool != 'line':
+            if brush.tool not in ('line', *MOVES):
                 layer.global_composite_operation = 'destination-out' if brush.tool == 'eraser' else 'source-over'
                 layer.fill_style = layer.stroke_style = self.colour(brush.cls)
                 layer.line_width, layer.line_cap, layer.line_join = brush.width * self.view, 'round', 'round'
@@ -191,6 +204,7 @@ class _Live(_Paper):
         with send_together(self.canvas):
             layer.clear()
             if not len(points): return
+            if brush.tool in MOVES: return self._edge(layer, to_stroke(brush.tool, points, brush.width, brush.cls))
             (x0, y0), (x, y) = np.array([points[0], points[-1]], float) * self.view
             layer.stroke_style = self.colour(brush.cls)
             if len(points) > 1 and brush.tool in ('line', 'region'):

@@ -6,14 +6,22 @@
 __all__ = ['LatentPlace', 'ways_of', 'MapCanvas', 'Explorer']
 
 # %% ../../nbs/08_studio/10_explorer.ipynb #b33f739b
+import base64
+import html
+import tempfile
+from pathlib import Path
+
+import cv2
 import ipywidgets as widgets
 import numpy as np
 import torch
-from ipycanvas import Canvas
+from ipycanvas import MultiCanvas
 
 from ..core import PALETTE, png_bytes
 from ..evaluate.latent import (
     _labels, directions, encode_set, frames, latent_map, nearest_real, principal, slerp, write_walk)
+from .board import put_pixels, send_together
+from .choices import button
 
 # %% ../../nbs/08_studio/10_explorer.ipynb #d214a615
 class LatentPlace:
@@ -70,36 +78,18 @@ def ways_of(
     return ways, spread
 
 # %% ../../nbs/08_studio/10_explorer.ipynb #a3517e9c
-class MapCanvas:
-    "A map to click on"
-    def __init__(self,
-                 points, # (N, 2) from `latent_map`
-                 values=None, # N labels, which colour the points
-                 on_pick=None, # on_pick(number of the point)
-                 side:int=360, # pixels
-                ):
+class _Points:
+    "Points on a plane, in pixels"
+    def __init__(self, points, values, side):
         p = np.asarray(points, float)
         span = np.maximum(np.ptp(p, 0), 1e-9)
         self.at = 12 + (p - p.min(0)) / span * (side - 24)                     # (N, 2) pixels
-        self.values, self.on_pick, self.chosen, self.near = values, on_pick, None, None
-        self.canvas = Canvas(width=side, height=side)
-        self.canvas.on_mouse_down(self.click)
-        self.canvas.on_client_ready(self.draw)
-        self.draw()
+        self.values, self.side = values, side
 
-    def nearest(self, x, y) -> int:
-        "The number of the point nearest to a pixel"
-        return int(np.square(self.at - (x, y)).sum(1).argmin())
-
-    def click(self, x, y):
-        "Choose the nearest point"
-        self.choose(self.nearest(x, y))
-        if self.on_pick: self.on_pick(self.chosen)
-
-    def choose(self, i):
-        "Mark a point"
-        self.chosen = i
-        self.draw()
+    def nearest(self, x, y, within=np.inf): # pixels
+        "The number of the point nearest to a pixel; None if it is farther away"
+        far = np.hypot(*(self.at - (x, y)).T)
+        return int(far.argmin()) if far.min() <= within else None
 
     def colours(self) -> np.ndarray: # (N, 3)
         "Of the points: one for each label"
@@ -107,16 +97,74 @@ class MapCanvas:
         names = sorted(set(map(str, self.values)))
         return PALETTE[1:-1][[names.index(str(v)) % (len(PALETTE) - 2) for v in self.values]]
 
-    def draw(self):
+    def legend(self,
+               name:str, # of the column
+              ) -> str: # HTML
+        "Which colour stands for which label"
+        if self.values is None: return ''
+        first = dict(zip(map(str, self.values), self.colours()))
+        dot = lambda c: f'<span style="color: rgb{tuple(map(int, c))}">&#9679;</span>'
+        return f'{html.escape(name)}: ' + ' &nbsp; '.join(
+            f'{dot(first[k])} {html.escape(k or "unknown")}' for k in sorted(first))
+
+# %% ../../nbs/08_studio/10_explorer.ipynb #5ef6a00e
+class _Painted(_Points):
+    "Points on a canvas"
+    def choose(self, i):
+        "Mark a point"
+        self.chosen = i
+        self.draw()
+
+    def draw(self, new_page=False):
         "Paint all points, the chosen one ringed"
-        c = self.canvas
-        c.clear()
-        c.fill_styled_circles(self.at[:, 0], self.at[:, 1], np.full(len(self.at), 4.), self.colours())
-        if self.chosen is not None: c.stroke_circle(*self.at[self.chosen], 9)
+        if new_page: self.canvas._canvas_manager._current_canvas = None          # it knows nothing yet
+        c = self.canvas[0]
+        with send_together(self.canvas):
+            c.clear()
+            c.fill_styled_circles(self.at[:, 0], self.at[:, 1], np.full(len(self.at), 5.), self.colours())
+            c.line_width, c.stroke_style = 2., 'black'
+            if self.chosen is not None: c.stroke_circle(*map(float, self.at[self.chosen]), 9)
+
+# %% ../../nbs/08_studio/10_explorer.ipynb #d6a3e9f7
+class MapCanvas(_Painted):
+    "A map to click on"
+    def __init__(self,
+                 points, # (N, 2) from `latent_map`
+                 values=None, # N labels, which colour the points
+                 on_pick=None, # on_pick(number of the point)
+                 thumb=None, # thumb(number) -> (H, W, 3) uint8, shown while the pointer is near
+                 side:int=400, # pixels
+                ):
+        super().__init__(points, values, side)
+        self.on_pick, self.thumb, self.chosen, self.near = on_pick, thumb, None, None
+        self.canvas = MultiCanvas(2, width=side, height=side, layout=widgets.Layout(border='1px solid #999'))
+        self.canvas.on_mouse_down(self.click)
+        self.canvas.on_mouse_move(self.hover)
+        self.canvas.on_mouse_out(lambda x, y: self.hover(-1e9, -1e9))
+        self.canvas.on_client_ready(lambda: self.draw(new_page=True))
+        self.draw()
+
+    def click(self, x, y):
+        "Choose the nearest point"
+        self.choose(self.nearest(x, y))
+        if self.on_pick: self.on_pick(self.chosen)
+
+    def hover(self, x, y):
+        "Show the image of a point that is near"
+        if (near := self.nearest(x, y, 12)) == self.near: return
+        self.near, top = near, self.canvas[1]
+        with send_together(self.canvas):
+            top.clear()
+            if near is None or self.thumb is None: return
+            small = cv2.resize(self.thumb(near), (96, 96), interpolation=cv2.INTER_AREA)
+            framed = cv2.copyMakeBorder(small, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=(60, 60, 60))
+            x, y = (int(v + 10 if v + 110 < self.side else v - 110) for v in self.at[near])
+            put_pixels(top, np.dstack([framed, np.full(framed.shape[:2], 255, np.uint8)]), x, y)
 
 # %% ../../nbs/08_studio/10_explorer.ipynb #2838aba7
-def _picture(pixels, width=256):
-    return widgets.Image(value=png_bytes(pixels), format='png', width=width)
+def _picture(width, css):
+    blank = png_bytes(np.full((32, 32, 3), 255, np.uint8))
+    return widgets.Image(value=blank, format='png', width=width, layout=widgets.Layout(max_width='100%')).add_class(css)
 
 class _Acts:
     "What the explorer does"
@@ -138,7 +186,7 @@ class _Acts:
         "Stand where a real image was encoded to"
         self.place.go(self.codes[i])
         self.real.value = png_bytes(self.thumb(i))
-        self.text.value = f'image {i}: {self.data.paths[i]}'
+        self.say(f'real image {i}: {self.data.paths[i]}')
         self._reset()
 
     def sample(self,
@@ -149,18 +197,21 @@ class _Acts:
         which, angle = nearest_real(self.place.vector[None], self.codes, 1)
         self.map.choose(int(which))
         self.real.value = png_bytes(self.thumb(int(which)))
-        self.text.value = f'seed {seed}; nearest: {self.data.paths[int(which)]}, {float(angle):.0f} degrees away'
+        self.say(f'seed {seed}; the nearest real image, {float(angle):.0f}° away: {self.data.paths[int(which)]}')
         self._reset()
 
 # %% ../../nbs/08_studio/10_explorer.ipynb #a3aa835e
 class _Walks:
     "Anchors, and the way between them"
+    def say(self, text): self.text.value = html.escape(str(text))
+
     def anchor(self,
                name:str, # 'A' or 'B'
               ):
         "Remember the place as an anchor"
         self.place.anchor(name)
-        self.text.value = f'anchor {name} is here'
+        self.pins[name].value = png_bytes(frames(self.recipe, self.place.vector[None], 96)[0])
+        self.say(f'anchor {name} is here')
 
     def walk(self,
              path=None, # .gif or .mp4; None shows it in the explorer alone
@@ -168,10 +219,25 @@ class _Walks:
             ):
         "Walk from anchor A to anchor B. Raises `ValueError` if one is missing"
         self.frames = frames(self.recipe, self.place.walk(steps), 256)
-        self.step.max, self.step.disabled = steps - 1, False
+        for w in (self.step, self.play): w.max, w.disabled = steps - 1, False
         self.step.value, self.image.value = 0, png_bytes(self.frames[0])
+        self.say('walk from A to B: press play, or move the slider')
         if path: write_walk(path, self.frames)
         return self.frames
+
+    def offer(self,
+              ending:str, # 'gif' or 'mp4'
+             ):
+        "A link to download the walk. Raises `ValueError` without anchors, `RuntimeError` if it cannot be written"
+        if self.frames is None: self.walk()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder)/f'walk.{ending}'
+            write_walk(path, self.frames)
+            data = base64.b64encode(path.read_bytes()).decode()
+        kind = 'image/gif' if ending == 'gif' else 'video/mp4'
+        look = 'style="color: #0072B2; text-decoration: underline"'
+        self.text.value = f'<a {look} download="walk.{ending}" href="data:{kind};base64,{data}">walk.{ending}</a>, ' \
+                          f'{len(self.frames)} pictures, {len(data) * 3 // 4000} kB'
 
 # %% ../../nbs/08_studio/10_explorer.ipynb #37e12b2f
 class _Controls:
@@ -194,19 +260,24 @@ class _Controls:
 
     def _buttons(self):
         self.quiet, self.seed = False, 0
-        make = lambda text: widgets.Button(description=text, layout=widgets.Layout(width='90px'))
-        self.buttons = {t: make(t) for t in ('random', 'set A', 'set B', 'walk')}
-        self.buttons['random'].on_click(self._random)
-        for k in 'AB': self.buttons[f'set {k}'].on_click(lambda _, k=k: self.anchor(k))
-        self.buttons['walk'].on_click(self._walk)
+        make = lambda text, tip, icon, *act: button(text, tip, icon, lambda: self._try(*act))
+        acts = (('random', 'Stand at random', 'random', self._random),
+                ('set A', 'Walks begin here', 'map-marker', self.anchor, 'A'),
+                ('set B', 'Walks end here', 'flag', self.anchor, 'B'),
+                ('walk', 'Draw sixteen pictures from A to B', 'arrow-right', self.walk),
+                ('save GIF', 'Download the walk as an animation', 'download', self.offer, 'gif'),
+                ('save MP4', 'Download the walk as a video', 'film', self.offer, 'mp4'))
+        self.buttons = {a[0]: make(*a) for a in acts}
         self.step = widgets.IntSlider(0, min=0, max=15, description='step', disabled=True)
+        self.play = widgets.Play(0, min=0, max=15, interval=200, disabled=True)
         self.step.observe(self._at, 'value')
+        widgets.jslink((self.play, 'value'), (self.step, 'value'))
 
-    def _random(self, _): self.seed += 1; self.sample(self.seed)
+    def _try(self, act, *args):
+        try: act(*args)
+        except (ValueError, RuntimeError) as e: self.say(e)
 
-    def _walk(self, _):
-        try: self.walk()
-        except ValueError as e: self.text.value = str(e)
+    def _random(self): self.seed += 1; self.sample(self.seed)
 
     def _at(self, change):
         if self.frames is not None: self.image.value = png_bytes(self.frames[change['new']])
@@ -224,22 +295,32 @@ class Explorer(_Acts, _Walks, _Controls):
         for name, v in (labels or {}).items():
             if len(v) != len(data): raise ValueError(f"{name} has {len(v)} labels for {len(data)} images")
         self.place, self.frames = LatentPlace(self.codes[0], *ways_of(self.codes, labels)), None
-        first = next(iter((labels or {}).values()), None)
-        self.map = MapCanvas(latent_map(self.codes, method), first, self.pick)
-        blank = np.full((32, 32, 3), 255, np.uint8)
-        self.image, self.real, self.text = _picture(blank, 512), _picture(blank, 128), widgets.Label('')
+        self.column, values = next(iter((labels or {}).items()), ('', None))
+        self.map = MapCanvas(latent_map(self.codes, method), values, self.pick, self.thumb)
+        self.image, self.real = _picture(512, 'medsketch-made'), _picture(128, 'medsketch-real')
+        self.text = widgets.HTML()
+        self.pins = {k: _picture(160, f'medsketch-anchor-{k}') for k in 'AB'}
         slider = lambda n: widgets.FloatSlider(0, min=-4, max=4, step=.1, description=n, continuous_update=False,
-                                               style=dict(description_width='130px'))
+                                               style=dict(description_width='130px'),
+                                               layout=widgets.Layout(width='32em', max_width='100%'))
         self.sliders = {n: slider(n) for n in self.place.ways}
         for n, s in self.sliders.items(): s.observe(lambda change, n=n: self._slid(n, change['new']), 'value')
         self._buttons()
+        self.map.choose(0)
         self.pick(0)
 
     @property
     def widget(self) -> widgets.Widget:
         "The whole, to be shown"
-        side = widgets.VBox([self.map.canvas, widgets.HBox([self.real, self.text])])
-        rest = widgets.VBox([self.image, *self.sliders.values(), widgets.HBox([*self.buttons.values()]), self.step])
-        return widgets.HBox([side, rest])
+        head = lambda text: widgets.HTML(f'<b>{text}</b>')
+        wrap = lambda *items: widgets.HBox(items, layout=widgets.Layout(flex_flow='row wrap', overflow='visible'))
+        both = 'image and mask' if 'mask' in self.recipe.decode(self.codes[:1]) else 'image'
+        pins = [widgets.VBox([head(f'anchor {k}'), pin]) for k, pin in self.pins.items()]
+        side = widgets.VBox([head('Map of the real images: click a point'), self.map.canvas,
+                             widgets.HTML(self.map.legend(self.column)),
+                             widgets.HBox([widgets.VBox([head('real image'), self.real]), *pins])])
+        rest = widgets.VBox([head(f'Generated: {both}'), self.image, self.text, *self.sliders.values(),
+                             wrap(*self.buttons.values()), wrap(self.play, self.step)])
+        return widgets.HBox([side, rest], layout=widgets.Layout(flex_flow='row wrap', grid_gap='1.5em'))
 
     def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)

@@ -18,7 +18,7 @@ from ..core import atomic_write, png_bytes, sketch_to_uint8
 from ..data.readers import read_image
 from ..sketch import read_sketch, sobel_sketch
 from .board import Board, Brush, PointerInput, square_pixels, to_stroke
-from .ink import Picture, box_of
+from .ink import box_of, is_local
 from .strokes import Drawing
 from .page import page_script
 from .toolbar import TOOL_KEYS, Toolbar, nearest, widths
@@ -58,7 +58,8 @@ class _Messages(w.VBox):
     ):
         "Show a line under the pad"
         own = ''.join(f', {k.upper()} {name}' for k, (name, _) in self.more_keys.items())
-        line = html.escape(text or HELP.format(region='R region, 1 to 9 class, ' if self.bar.classes else '') + own)
+        areas = 'R region, M move, Z resize, 1 to 9 class, ' if self.bar.classes else ''
+        line = html.escape(text or HELP.format(region=areas) + own)
         self.message.value = f'<span role="alert"><b>&#9888; {line}</b></span>' if error else line
 
     def _try(self, act, *args):
@@ -69,7 +70,7 @@ class _Messages(w.VBox):
 class _Choices(_Messages):
     "What the next stroke is drawn with"
     @property
-    def tool(self) -> str: # 'pen', 'line', 'eraser', and 'region' if there are several classes
+    def tool(self) -> str: # 'pen', 'line', 'eraser'; if there are several classes 'region', 'move', 'resize'
         "The tool that is chosen; can be set"
         return self.bar.tools.value
 
@@ -93,14 +94,14 @@ class _Choices(_Messages):
         self.bar.width_px.value = nearest(widths(self.drawing.size), sides * self.drawing.size)
 
     @property
-    def cls(self) -> int: # class id, from 1
+    def cls(self) -> int: # class id, from 1; on a pad with strokes from 0
         "Class of the strokes to come; can be set"
         return self._cls
 
     @cls.setter
     def cls(self, i):
-        if not 1 <= i < len(self.drawing.classes):
-            raise ValueError(f"class {i}; there are 1 to {len(self.drawing.classes) - 1}")
+        if not self.bar.first <= i < len(self.drawing.classes):
+            raise ValueError(f"class {i}; there are {self.bar.first} to {len(self.drawing.classes) - 1}")
         self._cls = i
         self.bar.mark(i)
 
@@ -131,7 +132,7 @@ class _Events(_Choices):
     def _end(self, points):
         stroke = to_stroke(self._brush.tool, points, self._brush.width, self._brush.cls)
         try: self.drawing.add(stroke)
-        finally: self._show(points, stroke.points)
+        finally: self._show(points, stroke.points) if is_local(stroke) else self.board.show()
         self.board.pointer(self._brush, points[-1:])
         self._changed()
 
@@ -152,7 +153,7 @@ class _Keys(_Events):
         if key.startswith('medsketch '): return self._told(*key.split()[1:])
         if ctrl: act = {'z': self.redo if shift else self.undo, 'y': self.redo}.get(low)
         elif low in TOOL_KEYS: return setattr(self, 'tool', TOOL_KEYS[low])
-        elif low.isdecimal() and low != '0' and self.bar.classes: return setattr(self, 'cls', int(low))
+        elif low.isdecimal() and int(low) >= self.bar.first and self.bar.classes: return setattr(self, 'cls', int(low))
         elif low in ('[', ']'): return self._wider(1 if low == ']' else -1)
         else: act = self._actions_of_keys().get(low)
         if act: act()
@@ -194,7 +195,7 @@ class _Steps(_Keys):
         self._redone(self.drawing.actions[-1])
 
     def _redone(self, action):
-        self.board.show(None if isinstance(action, Picture) else box_of(action.points, action.width, self.board.view))
+        self.board.show(box_of(action.points, action.width, self.board.view) if is_local(action) else None)
         self._changed()
 
     def clear(self):
@@ -209,9 +210,10 @@ class _Pictures(_Steps):
     "Sketch and mask"
     def sketch(self,
         size:int=None, # side, pixels; the drawing's own if not given
+        bare:bool=False, # only where nothing is painted
     ) -> np.ndarray: # (1, size, size) float32 in [0, 1], 1 = stroke
         "The sketch, with the stroke that is being drawn"
-        return self.drawing.sketch(size, also=self._live())
+        return self.drawing.sketch(size, self._live(), bare)
 
     def mask(self,
         size:int=None, # side, pixels; the drawing's own if not given
@@ -225,10 +227,12 @@ class _Pictures(_Steps):
 
     def load(self,
         sketch, # (1, H, W) or (H, W), array or tensor in [0, 1], 1 = stroke
+        mask=None, # (H, W) class ids of the same size, 0 = background
+        cls:int=1, # class of the sketch; 0: none
     ):
-        "Put a sketch in the place of what is there. Raises `ValueError` if it is no sketch"
+        "Put a sketch, and a mask, in the place of what is there. Raises `ValueError` if they are none"
         self.drop()
-        self.drawing.load(sketch)
+        self.drawing.load(sketch, mask, cls)
         self.board.show()
         self._changed()
 
@@ -348,7 +352,7 @@ class _Connected(_Transfer):
         buttons = bar.undo_button, bar.redo_button, bar.clear_button, bar.save_button
         acts = self.undo, self.redo, self.clear, lambda: self.on_save()
         for button, act in zip(buttons, acts): button.on_click(press(act))
-        for i, button in enumerate(bar.classes, 1): button.on_click(lambda _, i=i: setattr(self, 'cls', i))
+        for i, button in enumerate(bar.classes, bar.first): button.on_click(lambda _, i=i: setattr(self, 'cls', i))
         bar.tools.observe(self._tool_changed, 'value')
         bar.opacity.observe(press(self._opacity_changed), 'value')
         bar.file.observe(press(self._opened), 'value')
@@ -372,11 +376,12 @@ class SketchPad(_Connected):
         colours=None, # (K, 3) 0 ... 255, a row per class; None: black ink, of several classes Okabe and Ito's colours
         display:int=512, # side of the canvas, CSS pixels; it shrinks with a narrow page
         drawing:Drawing=None, # the drawing to go on with; `size`, `classes` and `colours` are then its own
+        strokes:bool=False, # the palette also has strokes, which belong to no class
     ):
         if 'google.colab' in sys.modules: sys.modules['google.colab'].output.enable_custom_widget_manager()
         self.drawing = Drawing(size, classes, colours) if drawing is None else drawing
         self.board, self.pointer, self.image_style = Board(self.drawing, int(display)), PointerInput(), 'generic'
-        self.canvas, self.bar, self.message = self.board.canvas, Toolbar(self.drawing), w.HTML()
+        self.canvas, self.bar, self.message = self.board.canvas, Toolbar(self.drawing, strokes), w.HTML()
         self._cls, self._brush, self._callbacks, self._next = 1, None, [], 0.
         self.more_keys = {} # key: (name, function), for apps that have more to offer; `say('')` shows them
         self.words, self._straight, self.on_save = {}, False, self._offer
@@ -390,4 +395,4 @@ class SketchPad(_Connected):
         self.board.redraw()
         self._state()
         self.say('')
-        self.cls = 1
+        self.cls = self.bar.first

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from ..core import PALETTE, check_size, png_bytes, save_png, sketch_to_uint8
-from .ink import Picture, Sheet, Stroke, paint
+from .ink import Picture, Sheet, Stroke, class_ids, paint
 
 # %% ../../nbs/08_studio/01_strokes.ipynb #2463290a
 MOST_ACTIONS = 20_000 # of a drawing: more than anybody draws, and a bound for files from elsewhere
@@ -81,17 +81,19 @@ class _Planes(_History):
     def sketch(self,
         size:int=None, # side, pixels; `self.size` if not given
         also:Stroke=None, # a stroke that is not (yet) part of the drawing
+        bare:bool=False, # only where nothing is painted: strokes that belong to no object
     ) -> np.ndarray: # (1, size, size) float32 in [0, 1], 1 = stroke
         "All ink, of every class, as a sketch for a network"
-        return self._planes(size, also)[:1].astype(np.float32) / 255
+        planes = self._planes(size, also)
+        ink = np.where(planes[1:].any(0), np.uint8(0), planes[:1]) if bare else planes[:1]
+        return ink.astype(np.float32) / 255
 
     def mask(self,
         size:int=None, # side, pixels; `self.size` if not given
         also:Stroke=None, # a stroke that is not (yet) part of the drawing
     ) -> np.ndarray: # (size, size) int64 class ids, 0 = background
         "The class of every pixel: the one that covers most of it, or background where less than half is covered"
-        areas = self._planes(size, also)[1:]
-        return np.where(areas.sum(0, dtype=np.uint16) >= 128, areas.argmax(0) + 1, 0).astype(np.int64)
+        return class_ids(self._planes(size, also))
 
     def _known(self, stroke):
         if not isinstance(stroke, Stroke): raise ValueError(f"add a Stroke, not a {type(stroke).__name__}")
@@ -161,6 +163,15 @@ def _sketch_in(sketch):
         raise ValueError("a sketch holds numbers from 0 (paper) to 1 (ink)")
     return np.round(a.astype(np.float32) * 255).astype(np.uint8)
 
+def _mask_in(mask, shape, classes):
+    "Class ids as (n, n) uint8"
+    a = np.asarray(mask.detach().cpu() if hasattr(mask, 'detach') else mask)
+    if a.shape != shape or a.dtype.kind not in 'iu': raise ValueError(f"a mask holds class ids, {shape}")
+    if a.min() < 0 or a.max() >= classes:
+        raise ValueError(f"the mask holds class {a.max() if a.max() >= classes else a.min()}; "
+                         f"there are 1 to {classes - 1}")
+    return a.astype(np.uint8)
+
 # %% ../../nbs/08_studio/01_strokes.ipynb #257bf75c
 class _Edits(_Views):
     "What can be done with a drawing"
@@ -173,9 +184,12 @@ class _Edits(_Views):
 
     def load(self,
         sketch, # (1, H, W) or (H, W), array or tensor in [0, 1], 1 = stroke; square, any power of two
+        mask=None, # (H, W) class ids of the same size, 0 = background
+        cls:int=1, # class of the sketch; 0: none
     ):
         "Put a sketch in the place of what is there; undo brings that back. Raises `ValueError` if it is no sketch"
-        self._do(Picture(_sketch_in(sketch)))
+        ink = _sketch_in(sketch)
+        self._do(Picture(ink, None if mask is None else _mask_in(mask, ink.shape, len(self.classes)), int(cls)))
 
     def append(self,
         other:'Drawing', # with the same classes
@@ -253,11 +267,14 @@ def _parse(text):
 # %% ../../nbs/08_studio/01_strokes.ipynb #c9247c19
 def _action_out(a):
     if isinstance(a, Stroke): return dict(tool=a.tool, points=a.points, width=a.width, cls=a.cls)
-    return dict(picture=None if a.ink is None else base64.b64encode(png_bytes(a.ink)).decode())
+    packed = lambda pixels: None if pixels is None else base64.b64encode(png_bytes(pixels)).decode()
+    return dict(picture=packed(a.ink)) | ({} if a.mask is None else dict(mask=packed(a.mask), cls=a.cls))
 
 def _action_in(a):
     if isinstance(a, dict) and 'picture' in a:
-        return Picture() if a['picture'] is None else Picture(_picture_in(_typed(a, 'picture', str)))
+        if a['picture'] is None: return Picture()
+        ink = _picture_in(_typed(a, 'picture', str))
+        return Picture(ink, _picture_in(_typed(a, 'mask', str)), _typed(a, 'cls', int)) if 'mask' in a else Picture(ink)
     points = _typed(a, 'points', list)
     pair = lambda p: isinstance(p, list) and len(p) == 2 and all(type(v) in (int, float) for v in p)
     if not all(map(pair, points)):
@@ -277,11 +294,17 @@ def _read_drawing(text):
         try:
             action = _action_in(a)
             if isinstance(action, Stroke): drawing._known(action)
+            elif action.mask is not None: _fits(action, len(drawing.classes))
         except ValueError as e: raise ValueError(f"drawing: action {i}: {e}") from None
         points += len(getattr(action, 'points', ()))
         if points > MOST_TEXT // 32: raise ValueError("drawing: too many points")
         drawing._do(action)
     return drawing
+
+def _fits(picture, classes):
+    "Raises `ValueError` for a mask that the drawing cannot have"
+    _mask_in(picture.mask, picture.ink.shape, classes)
+    if not 0 <= picture.cls < classes: raise ValueError(f"class {picture.cls}; there are 0 to {classes - 1}")
 
 def _picture_in(text):
     try: data = base64.b64decode(text, validate=True)
