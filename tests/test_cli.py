@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -391,6 +392,30 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(callbacks.StopOnNan, "after_step", after_step)
 
 
+@pytest.mark.parametrize("step, gone", [(2, "."), (6, "."), (2, "config.json"), (6, "gan/log.csv")])
+def test_a_run_that_is_removed_while_it_trains_is_never_called_trained(
+    medsketch, photos, tmp_path, monkeypatch, step, gone
+):
+    "Neither is its folder written anew by halves"
+    from medsketch.train import callbacks
+
+    run = tmp_path / "run"
+
+    def after_step(self, trainer, before=callbacks.StopOnNan.after_step):
+        before(self, trainer)
+        if trainer.step == step:
+            shutil.rmtree(run) if gone == "." else (run / gone).unlink()
+
+    with monkeypatch.context() as m:
+        m.setattr(callbacks.StopOnNan, "after_step", after_step)
+        status, out, err = medsketch(f"train dcgan --data {photos} --out {run} --steps 6 --every 3 {SMALL}")
+    assert status == 1 and "trained: " not in out and err.count("\n") == 1
+    assert str(run / gone) in err and "was removed while this was training" in err
+    assert not (run / "weights.safetensors").exists() and (gone != "." or not any(run.rglob("*.*")))
+    if gone == "gan/log.csv":
+        assert medsketch(f"train --resume {run}")[0] == 0 and (run / gone).exists()
+
+
 def test_resume_is_one_word_and_an_interruption_says_so(medsketch, photos, tmp_path, monkeypatch):
     line = f"train dcgan --data {photos} --steps 12 --every 5 --seed 3 {SMALL}"
     assert medsketch(f"{line} --out {tmp_path}/whole")[0] == 0
@@ -576,6 +601,10 @@ def test_samples_go_on_and_sets_are_never_mixed(medsketch, trained, tmp_path):
         ).max()
         <= 1
     )
+    status, said, _ = medsketch(f"sample {trained} --n 3 --out {tmp_path}/new")
+    assert status == 0 and said.startswith("20 samples ") and "more than the 3 asked for" in said
+    assert contents(tmp_path / "new").keys() == contents(tmp_path / "whole").keys()  # nothing is taken away
+    assert pixels(tmp_path / "new/grid.png").shape == pixels(tmp_path / "whole/grid.png").shape  # sixteen, not five
     status, _, err = medsketch(f"sample {trained} --n 3 --seed 1 --out {tmp_path}/new")
     assert status == 1 and "other samples" in err
     (tmp_path / "new/images/mine.png").write_text("mine")
