@@ -178,6 +178,6 @@ def push(
         except Exception as e:
             why = (str(e).splitlines() or [type(e).__name__])[0][:200]
             answered = isinstance(e, HfHubHTTPError)
-            told = f"the Hub refused {repo}" if answered else f"{repo} was not uploaded, the Hub could not be asked"
-            raise RuntimeError(f"{told}: {why}") from None
+            told = f"the Hub refused {repo}" if answered else f"{repo} was not uploaded; is there a connection?"
+            raise RuntimeError(f"{told} ({why})") from None
     return f'https://huggingface.co/{repo}'
