@@ -94,6 +94,21 @@ def test_a_converted_file_that_differs_is_not_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_renderer_without_pytorch_draws_the_same(tmp_path, capsys):
+    ort = pytest.importorskip('onnxruntime', reason="medsketch[onnx] is not installed")
+    from medsketch.recipes import SkrGAN
+
+    r = SkrGAN(16, fmap_base=32, fmap_max=8, latent_dim=8, ngf=4, ndf=4, receptive_field=16)
+    r.save(tmp_path / 'r.safetensors')
+    code, said = run(capsys, 'onnx', str(tmp_path / 'r.safetensors'), '--out', str(tmp_path / 'x.onnx'))
+    assert code == 0 and 'differs from PyTorch by' in said
+    session = ort.InferenceSession(str(tmp_path / 'x.onnx'), providers=['CPUExecutionProvider'])
+    for n in (1, 3):
+        s = torch.rand(n, 1, 16, 16).round()
+        [image] = session.run(None, {'sketch': s.numpy()})
+        torch.testing.assert_close(torch.from_numpy(image) * 2 - 1, r.render(s).cpu(), atol=1e-4, rtol=0)
+
+
 def test_the_same_weights_are_the_same_file(tmp_path):
     "In every process: safetensors writes its notes in an order of chance"
     line = "import sys; from medsketch.pretrained import load; load('lung_ct').save(sys.argv[1])"
