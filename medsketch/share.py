@@ -163,9 +163,10 @@ def push(
     api=None, # an `HfApi`; the Hub's own if not given
     **about, # for `hub_card`: licence, source, privacy
 ) -> str: # address of the repository
-    "Publish a run. Raises `ValueError` if it was found to copy patients, `RuntimeError` if the Hub refuses"
+    "Publish a run. Raises `ValueError` if it was found to copy patients, `RuntimeError` if it does not arrive"
     import tempfile
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
     if (about.get('privacy') or {}).get('alarm'):
         raise ValueError("the privacy check raised an alarm: these weights are not uploaded")
     api = api or HfApi()
@@ -176,5 +177,7 @@ def push(
             api.upload_folder(repo_id=repo, folder_path=d, commit_message='medsketch: weights and card')
         except Exception as e:
             why = (str(e).splitlines() or [type(e).__name__])[0][:200]
-            raise RuntimeError(f"the Hub refused {repo}: {why}") from None
+            answered = isinstance(e, HfHubHTTPError)
+            told = f"the Hub refused {repo}" if answered else f"{repo} was not uploaded; is there a connection?"
+            raise RuntimeError(f"{told} ({why})") from None
     return f'https://huggingface.co/{repo}'

@@ -552,3 +552,5 @@ def test_the_memory_of_a_batch_is_foreseen(monkeypatch):
     with pytest.warns(UserWarning, match="if memory runs out"):
         check_batch(config | {"batch_size": 16})
     check_batch(config | {"batch_size": 2})
+    with pytest.raises(ValueError, match="choose a smaller batch_size"):
+        DCGAN(32, ngf=4, ndf=4, latent_dim=8, batch_size=65536).fit("nowhere")

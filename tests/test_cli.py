@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,6 +147,21 @@ def test_export_writes_a_set_with_its_datasheet(medsketch, photos, trained, tmp_
     )
     status, _, err = medsketch(f"export {trained} --n 3 --out {tmp_path}/set2 --format parquet")
     assert status == 1 and "folder" in err and not (tmp_path / "set2").exists()
+
+
+def test_sixteen_bits_come_in_and_go_out(medsketch, tmp_path):
+    "Of grey images: a run on them exports more levels than eight bits have"
+    (tmp_path / "deep").mkdir()
+    for i, x in enumerate(phantom_data("lung_ct", 6, 32).batch(range(6))["image"]):
+        fine = ((x[0].numpy() + 1) / 2 * 65535).astype(np.uint16)
+        cv2.imwrite(str(tmp_path / f"deep/{i}.png"), fine)
+    assert medsketch(f"train dcgan --data {tmp_path}/deep --out {tmp_path}/run --steps 2 --size 32 {SMALL}")[0] == 0
+    for bits in (8, 16):
+        assert medsketch(f"export {tmp_path}/run --n 3 --out {tmp_path}/{bits} --bits {bits}")[0] == 0
+    coarse, fine = (cv2.imread(str(next((tmp_path / b).rglob("000000.png"))), -1) for b in ("8", "16"))
+    assert (coarse.dtype, fine.dtype, coarse.ndim, fine.ndim) == (np.uint8, np.uint16, 2, 2)
+    assert len(np.unique(fine)) > len(np.unique(coarse))
+    assert np.abs(fine / 65535 - coarse / 255).max() < 1 / 255  # the same picture
 
 
 def test_resume_goes_on_and_a_second_start_is_refused(medsketch, photos, trained):
@@ -373,6 +389,7 @@ def test_mistakes_of_people_who_draw(medsketch, tmp_path, line, says):
 # ---- resume, start from other weights, score while training ----------------------------------------
 
 SMALL = "--scale tour --set ngf=4 --set ndf=4 --set latent_dim=8 --set batch_size=2"
+COMPARED = f"--size 32 --steps 4 --n 8 --metrics swd --resamples 0 {SMALL}"
 
 
 def weights(run):
@@ -391,6 +408,30 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(callbacks.StopOnNan, "after_step", after_step)
 
 
+@pytest.mark.parametrize("step, gone", [(2, "."), (6, "."), (2, "config.json"), (6, "gan/log.csv")])
+def test_a_run_that_is_removed_while_it_trains_is_never_called_trained(
+    medsketch, photos, tmp_path, monkeypatch, step, gone
+):
+    "Neither is its folder written anew by halves"
+    from medsketch.train import callbacks
+
+    run = tmp_path / "run"
+
+    def after_step(self, trainer, before=callbacks.StopOnNan.after_step):
+        before(self, trainer)
+        if trainer.step == step:
+            shutil.rmtree(run) if gone == "." else (run / gone).unlink()
+
+    with monkeypatch.context() as m:
+        m.setattr(callbacks.StopOnNan, "after_step", after_step)
+        status, out, err = medsketch(f"train dcgan --data {photos} --out {run} --steps 6 --every 3 {SMALL}")
+    assert status == 1 and "trained: " not in out and err.count("\n") == 1
+    assert str(run / gone) in err and "was removed while this was training" in err
+    assert not (run / "weights.safetensors").exists() and (gone != "." or not any(run.rglob("*.*")))
+    if gone == "gan/log.csv":
+        assert medsketch(f"train --resume {run}")[0] == 0 and (run / gone).exists()
+
+
 def test_resume_is_one_word_and_an_interruption_says_so(medsketch, photos, tmp_path, monkeypatch):
     line = f"train dcgan --data {photos} --steps 12 --every 5 --seed 3 {SMALL}"
     assert medsketch(f"{line} --out {tmp_path}/whole")[0] == 0
@@ -406,6 +447,43 @@ def test_resume_is_one_word_and_an_interruption_says_so(medsketch, photos, tmp_p
     assert noted["data"] == str(photos) and noted["every"] == 5 and noted["scale"] == "tour" and noted["steps"] == 12
     assert medsketch(f"train {tmp_path}/run --resume --steps 12 --seed 3 {SMALL}")[0] == 0  # options that agree
     assert medsketch(f"{line} --out {tmp_path}/run --resume")[0] == 0  # and the line of before
+
+
+def interrupting(f, at):
+    "`f`, interrupted when it is called for the n-th time"
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return f(*args, **kwargs)
+
+    return call
+
+
+def test_whoever_interrupts_hears_what_is_kept_and_how_to_go_on(medsketch, photos, trained, tmp_path, monkeypatch):
+    from medsketch.commands import draw, score
+
+    line = f"sample {trained} --n 40 --out {tmp_path}/new"
+    with monkeypatch.context() as m:
+        m.setattr(draw, "draw_from", interrupting(draw.draw_from, 3))  # one for the plan, two chunks
+        assert medsketch(line) == (
+            130,
+            "",
+            "medsketch: interrupted; 16 of 40 samples are written; the same command goes on\n",
+        )
+    assert medsketch(line)[0] == 0 and len(list((tmp_path / "new/images").iterdir())) == 40
+    with monkeypatch.context() as m:
+        m.setattr(score, "score_in_turn", interrupting(score.score_in_turn, 1))
+        status, _, err = medsketch(f"evaluate {photos} {photos} --size 32")
+        assert status == 130 and err == "medsketch: interrupted; the same command starts again\n"
+    line = f"compare --data {photos} --recipes dcgan --out {tmp_path}/c {COMPARED}"
+    with monkeypatch.context() as m:
+        stop_after(m, 2)
+        status, _, err = medsketch(line)
+    assert status == 130 and err.count("\n") == 1 and "kept; the same command goes on" in err
+    assert "train --resume" not in err and medsketch(line)[0] == 0 and (tmp_path / "c/table.csv").exists()
 
 
 def test_a_run_of_earlier_versions_resumes_with_its_data(medsketch, photos, tmp_path):
@@ -576,6 +654,10 @@ def test_samples_go_on_and_sets_are_never_mixed(medsketch, trained, tmp_path):
         ).max()
         <= 1
     )
+    status, said, _ = medsketch(f"sample {trained} --n 3 --out {tmp_path}/new")
+    assert status == 0 and said.startswith("20 samples ") and "more than the 3 asked for" in said
+    assert contents(tmp_path / "new").keys() == contents(tmp_path / "whole").keys()  # nothing is taken away
+    assert pixels(tmp_path / "new/grid.png").shape == pixels(tmp_path / "whole/grid.png").shape  # sixteen, not five
     status, _, err = medsketch(f"sample {trained} --n 3 --seed 1 --out {tmp_path}/new")
     assert status == 1 and "other samples" in err
     (tmp_path / "new/images/mine.png").write_text("mine")

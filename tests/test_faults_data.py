@@ -574,6 +574,21 @@ def test_a_mask_for_each_side_and_a_mask_for_each_object(tmp_path):
     put(tmp_path / 'one/images/c0.png'), put(tmp_path / 'one/masks/c1.png', FORE)
     with pytest.warns(UserWarning, match='looks like a mask'):
         assert load_images(tmp_path / 'one', S).masks is None  # this folder is not called as its image
+    for name in ('c0', 'c1'):
+        put(tmp_path / f'two/{name}/images/{name}.png')
+        put(tmp_path / f'two/{name}/masks/{name[1]}abc.png', FORE)
+    put(tmp_path / 'two/c0/images/other.png')  # whose masks are they now?
+    with pytest.warns(UserWarning, match='it has no mask'):
+        assert [p.split('/')[-1] for p in load_images(tmp_path / 'two', S).paths] == ['c1.png']
+
+
+def test_a_folder_beside_masks_holds_the_images_only_if_none_lie_above(tmp_path):
+    for i in range(3):
+        for folder, pixels in {'.': None, 'masks': FORE, 'preview': None}.items():
+            put(tmp_path / folder / f'c{i}.png', *([] if pixels is None else [pixels]))
+    with pytest.warns(UserWarning, match='it has no mask'):
+        found = load_images(tmp_path, S).paths
+    assert sorted(found) == [str(tmp_path / f'c{i}.png') for i in range(3)]
 
 
 @pytest.mark.parametrize('layout', WORDLESS)

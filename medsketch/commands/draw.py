@@ -153,18 +153,19 @@ def begin_samples(
     out:Path, # the folder
     plan:dict, # recipe, weights, seed and shard
     overwrite:bool, # remove another set
-    grid, # pixels of the first samples
+    first, # the first samples, for grid.png
     crew, # from `team`
 ) -> int: # samples that are there already
     "The first process makes the folder ready, while the others wait. Raises `ValueError` if it holds something else"
-    from medsketch.core import atomic_write, save_png
+    from medsketch.core import atomic_write, sample_grid, save_png
     lists = lists_of(out, plan.get('shard', 0))
     if crew.is_main_process:
         open_samples(out, plan, overwrite)
         with atomic_write(out/'sample.json', 'w') as f: json.dump(plan, f)
-        if not (out/'grid.png').exists(): save_png(out/'grid.png', grid)
         lists.sweep_pictures()
-        lists.count() # cuts off what a kill left of a line
+        there = lists.count() # cuts off what a kill left of a line
+        fewer = there < len(next(iter(first.values()))) # than will be there: the grid is of fewer, too
+        if fewer or not (out/'grid.png').exists(): save_png(out/'grid.png', sample_grid(first))
     crew.wait_for_everyone()
     done = lists.count()
     crew.wait_for_everyone() # before a list grows
@@ -184,7 +185,7 @@ def sample(run:str=typer.Argument(help="folder of a run, a .safetensors file, a 
            overwrite:bool=typer.Option(False, '--overwrite', help="replace other samples that the folder holds"),
            shard:int=typer.Option(None, help="samples in each of several numbered folders; all in one if not given")):
     "Draw new images, and their sketches, masks or labels where the recipe draws those; goes on where it stopped."
-    from medsketch.core import sample_grid, weights_name
+    from medsketch.core import weights_name
     from medsketch.pretrained import load
     if n < 1: raise ValueError(f"--n {n}: ask for at least one sample")
     check_count('--shard', shard)
@@ -197,9 +198,10 @@ def sample(run:str=typer.Argument(help="folder of a run, a .safetensors file, a 
     kinds = ', '.join(k for k in first if k in ('image', 'sketch', 'mask'))
     said = lambda: f'{there} of {n} samples are written; the same command goes on'
     with disk(said), going_on(said):
-        there = done = begin_samples(place, plan, overwrite, sample_grid(first), crew)
+        there = done = begin_samples(place, plan, overwrite, first, crew)
         for there in write_samples(r, place, done, n, seed, shard or 0, crew): pass
-    if crew.is_main_process: tell(f'{n} samples ({kinds}) in {out}; grid.png shows the first {min(n, 16)}')
+    more, n = (f', more than the {n} asked for' if there > n else ''), max(n, there)
+    if crew.is_main_process: tell(f'{n} samples ({kinds}) in {out}{more}; grid.png shows the first {min(n, CHUNK)}')
 
 # %% ../../nbs/11_cli/06_draw.ipynb #06423764
 SKETCHES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')

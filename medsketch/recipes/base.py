@@ -24,7 +24,7 @@ from .arguments import check_arguments
 from .controls import OnPad
 from ..sketch import add_sketches
 from ..train.callbacks import Ema, Fade
-from ..train.checkpoints import TrainingDiverged, newest_checkpoint
+from ..train.checkpoints import TrainingDiverged, check_kept, newest_checkpoint
 from ..train.growth import Growth
 from ..train.stages import choose, note_frozen, open_run, read_config, train_stage
 from ..train.trainer import make_accelerator
@@ -297,7 +297,9 @@ class Stepping:
         "Write the run's weights: the first of several processes does, the others wait until they are there"
         if not out: return
         acc = make_accelerator()
-        if acc.is_main_process: self.save(f'{out}/weights.safetensors')
+        if acc.is_main_process:
+            check_kept(Path(out)/'config.json')
+            self.save(f'{out}/weights.safetensors')
         acc.wait_for_everyone()
 
 # %% ../../nbs/06_recipes/00_base.ipynb #54a7d34f

@@ -20,7 +20,7 @@ from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import atomic_write, interactive, save_png
-from .checkpoints import Checkpoint, StopOnNan, TrainingDiverged, checkpoints, sweep, writing
+from .checkpoints import Checkpoint, StopOnNan, TrainingDiverged, check_kept, checkpoints, sweep, writing
 from .growth import Growth
 from .trainer import Callback, Trainer, rng_state, set_rng_state
 
@@ -239,6 +239,7 @@ class CsvLog(_LogFile):
         row = dict(step=trainer.step, images=trainer.images, seconds=seconds, **self.extra())
         row |= {k: f'{v.item():.6g}' for k, v in trainer.losses.items()}
         row |= {k: f'{v:.6g}' for k, v in trainer.scores.items()}
+        check_kept(self.path)
         with writing('log', self.path):
             if new := [k for k in row if k not in self.header]:
                 self.file.flush()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core import atomic_write, weights_name
 from .callbacks import CsvLog, Ema, Progress, SampleGrid, Track
-from .checkpoints import Checkpoint, StopOnNan, sweep
+from .checkpoints import Checkpoint, StopOnNan, check_kept, sweep
 from .trainer import Callback, Trainer, make_accelerator
 
 # %% ../../nbs/05_train/05_stages.ipynb #99d019d0
@@ -121,6 +121,7 @@ def note_frozen(
 ):
     "Keep fingerprints of frozen networks in config.json. Raises `ValueError` if the stage began with others"
     if not nets or not make_accelerator().is_main_process: return
+    check_kept(Path(out)/'config.json')
     config, found = read_config(out), {k: weights_name(n) for k, n in nets.items()}
     noted = config.setdefault('frozen', {})
     if noted.get(stage, found) != found:
