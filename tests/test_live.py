@@ -472,6 +472,17 @@ def test_a_case_is_edited_and_compared(tmp_path):
     assert (pixels(app) == before).all()
 
 
+def test_a_folder_of_cases_to_edit(tmp_path):
+    scans = phantom_data('ultrasound', 2, 32, seed=5)
+    for i, scan in enumerate(scans):
+        save_png(tmp_path / f'scans/images/{i}.png', to_uint8(scan['image'])[..., 0])
+        save_png(tmp_path / f'scans/masks/{i}.png', scan['mask'].numpy().astype(np.uint8))
+    app = paints(tmp_path, images=str(tmp_path / 'scans'))
+    assert [label for label, _ in app.example.options[1:]] == ['0.png', '1.png']
+    app.example.value = 1
+    assert (app.on_pad()[1] == scans[1]['mask'].numpy()).all() and (pixels(app) != 0).any()
+
+
 def test_other_weights_bring_another_pad_and_keep_the_strokes(tmp_path):
     app = paints(tmp_path, models=[tmp_path / 'eyes.safetensors'])
     draw(app, (50, 50), (400, 300))

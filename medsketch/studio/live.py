@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..core import atomic_write, png_bytes, sketch_to_uint8
+from ..data import load_images
 from ..phantoms import PHANTOMS
 from ..pretrained import find_named, find_weights, load, packaged
 from ..recipes import recipe_class
@@ -349,20 +350,22 @@ class LiveRender(_Words):
     def __init__(self,
                  recipe='fundus', # a `Recipe`, or whatever `medsketch.load` takes
                  models=None, # names offered in the menu; the packaged ones if not given
-                 images=None, # an `ImageData` of real images to edit; others can be uploaded
+                 images=None, # an `ImageData` of real images to edit, or a folder; others can be uploaded
                  out='drawings', # folder for what is saved
                  example:bool=False, # open on an example, not on an empty sheet
                  retrieve=None, # an index from `medsketch retrieve`, or a folder: show the nearest real images
                 ):
         self.strip, self.places, self.finder = Strip(), {}, Newest(self._find, self._found, self._missed, self._slow)
         self.saver = Autosave(Path(out)/'autosave', self.say)
-        self.out, self.images, self.shown, self.seconds = Path(out), images, None, {}
+        self.out, self.shown, self.seconds = Path(out), None, {}
         self.given = {} if isinstance(recipe, (str, Path)) else {recipe.name: recipe}
         self.original = self.real = self.recipe = self.loaded = self.pad = self.near = self.due = None
         self.retrieve = retrieve
         self.rendered_original = (None, None)
         first = next(iter(self.given), None) or str(recipe)
         self._choose(first)
+        is_folder, c = isinstance(images, (str, Path)), self.config
+        self.images = load_images(images, c['size'], channels=c['channels']) if is_folder else images
         self.worker = Newest(self._work, self._show, self.say, self._slow)
         super().__init__()
         self.add_class('medsketch-pad')
