@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'about', 'main', 'failed', 'METRICS', 'sketch', 'inspect', 'train', 'sample', 'render', 'export', 'evaluate',
-           'compare', 'privacy', 'push', 'onnx', 'studio', 'study', 'lab', 'pretrain', 'convert', 'retrieve', 'data',
-           'demo']
+           'compare', 'privacy', 'push', 'onnx', 'studio', 'explore', 'study', 'lab', 'pretrain', 'convert', 'retrieve',
+           'data', 'demo']
 
 # %% ../nbs/11_cli/00_app.ipynb #f815732a
 import os
@@ -21,20 +21,20 @@ from .commands.draw import export, render, sample
 from .commands.public import data
 from .commands.retrieve import retrieve
 from .commands.score import METRICS, compare, evaluate, privacy
-from .commands.serve import lab, pretrain, studio, study
+from .commands.serve import explore, lab, pretrain, studio, study
 from .commands.share import onnx, push
 from .commands.tools import Command, Stopped, plain_streams, reason, say
 from .commands.train import train
 
 _all_ = ['METRICS', 'sketch', 'inspect', 'train', 'sample', 'render', 'export', 'evaluate',
-         'compare', 'privacy', 'push', 'onnx', 'studio', 'study', 'lab', 'pretrain', 'convert', 'retrieve', 'data',
-         'demo']
+         'compare', 'privacy', 'push', 'onnx', 'studio', 'explore', 'study', 'lab', 'pretrain', 'convert', 'retrieve',
+         'data', 'demo']
 
 # %% ../nbs/11_cli/00_app.ipynb #3568bd25
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 for command in (demo, data, inspect, sketch, train, sample, render, export, evaluate, compare, privacy, push, onnx,
-                studio, study, lab, pretrain, convert, retrieve):
+                studio, explore, study, lab, pretrain, convert, retrieve):
     app.command(cls=Command)(command)
 
 def _version(asked:bool):

@@ -20,6 +20,7 @@ import random
 import sys
 import tempfile
 import textwrap
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -206,9 +207,9 @@ def to_pixels(
     return a if a.shape[-1] == 3 else np.repeat(a[..., :1], 3, -1)
 
 # %% ../nbs/00_core.ipynb #5feee554
-def interactive() -> bool: # True in a notebook or a terminal
+def interactive() -> bool: # True in a notebook or a terminal; False in a thread, whose output belongs to no cell
     "Is there someone to show a progress bar to?"
-    return IN_NOTEBOOK or sys.stdout.isatty()
+    return threading.current_thread() is threading.main_thread() and (IN_NOTEBOOK or sys.stdout.isatty())
 
 # %% ../nbs/00_core.ipynb #5dbd0072
 def markdown_table(

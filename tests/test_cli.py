@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from medsketch.cli import main
 from medsketch.core import to_uint8
 from medsketch.data import phantom_data
+from medsketch.recipes import PGGAN
 
 TINY = (
     "--scale tour --steps 6 --style fundus --set batch_size=2 --set fmap_max=8 --set ngf=4 --set ndf=4 "
@@ -376,6 +378,9 @@ def test_packaged_weights_by_name(medsketch, photos, tmp_path):
     [
         ("studio kidney", "no weights are called kidney"),
         ("studio fundus --port 700000", "choose another --port"),
+        ("studio fundus --images {tmp}/nowhere", "no such folder"),
+        ("studio fundus --images {tmp}", "no images in"),
+        ("explore fundus --data {tmp}", "recipe skrgan has no encoder of images"),
         ("lab {file}/below", "cannot write notebooks"),
         ("pretrain chest_xray --out {tmp}/x --data {tmp}", "mhh_covid"),
     ],
@@ -384,6 +389,29 @@ def test_mistakes_of_people_who_draw(medsketch, tmp_path, line, says):
     (tmp_path / "file").write_text("")
     status, _, err = medsketch(line.format(file=tmp_path / "file", tmp=tmp_path))
     assert status == 1 and says in err and err.count("\n") == 1
+
+
+def served(monkeypatch, medsketch, line):
+    "The code of the page that a command would serve"
+    pages = []
+    read = lambda command: pages.append(json.loads(Path(command[3]).read_text())) or 0
+    monkeypatch.setattr("subprocess.call", read)
+    assert medsketch(f"{line} --port 0 --no-browser")[0] == 0
+    return pages[0]["cells"][0]["source"]
+
+
+def test_studio_and_explorer_take_a_folder_of_images(medsketch, photos, tmp_path, monkeypatch):
+    assert f"images={str(photos.resolve())!r}" in served(monkeypatch, medsketch, f"studio fundus --images {photos}")
+    small = {"size": 16, "latent_dim": 8, "fmap_base": 32, "fmap_max": 8, "batches": {4: 1, 8: 1, 16: 1}}
+    for name, steps in (("eyes", 1), ("blind", 0)):
+        recipe = PGGAN(**small, encoder_steps=steps)
+        recipe.fit(phantom_data("fundus", 8, 16), progress=False).save(tmp_path / f"{name}.safetensors")
+    status, _, err = medsketch(f"explore {tmp_path}/blind.safetensors --data {photos}")
+    assert status == 1 and "hold no E" in err
+    code = served(monkeypatch, medsketch, f"explore {tmp_path}/eyes.safetensors --data {photos}")
+    names = {}
+    exec(code.replace("\nExplorer(", "\nexplorer = Explorer("), names)  # noqa: S102
+    assert names["explorer"].recipe.name == "pggan" and len(names["explorer"].codes) == 8
 
 
 # ---- resume, start from other weights, score while training ----------------------------------------

@@ -21,6 +21,9 @@ from medsketch.phantoms import PHANTOMS, phantom
 from medsketch.recipes import RECIPES, recipe_class
 from medsketch.recipes.sketch_synth import objects_of, outlines
 from medsketch.sketch.conditions import background_sketch
+from medsketch.studio.autosave import Autosave
+from medsketch.studio.choices import CSS
+from medsketch.studio.gallery import row
 from medsketch.studio.live import LiveRender
 from medsketch.studio.near import Near, open_index
 from medsketch.studio.newest import Newest
@@ -291,6 +294,65 @@ def test_a_page_that_says_its_number_gets_its_drawing_back(tmp_path):
     assert 'digits' in other.pad.message.value
 
 
+def reloaded(app, number='12-34', **kw):
+    "Another process answers the same page; it opens on an example"
+    assert app.saver.worker.wait(10)
+    again = LiveRender(tiny(), out=app.out, example=True, **kw)
+    assert again.worker.wait(20)
+    tell(again, f'page {number}')
+    return again
+
+
+def test_a_reloaded_page_goes_back_to_the_weights_of_its_drawing(tmp_path):
+    runs = [tmp_path / f'{k}/ovary.safetensors' for k in 'ab']
+    for run in runs:
+        paints(tmp_path).given['pgsgan'].save(run)
+    app = LiveRender(tiny(), models=runs, out=tmp_path / 'out')
+    assert [label for label, _ in app.model.options] == ['skrgan', 'a/ovary', 'b/ovary']
+    tell(app, 'page 12-34')
+    app.model.value = str(runs[1])
+    tell(app, 'page 12-34')  # the new pad says it too
+    app.pad.tool, app.pad.cls = 'region', 2
+    draw(app, (100, 100), (400, 100), (400, 400), (100, 400))
+    mask = app.pad.mask()
+    assert (mask == 2).any()
+    again = reloaded(app, models=runs)
+    assert again.name == again.model.value == str(runs[1]) and (again.pad.mask() == mask).all()
+    tell(again, 'page 12-34')
+    assert again.name == str(runs[1]) and (again.pad.mask() == mask).all()
+    image = pixels(again)
+    again.model.value = str(runs[0])  # of the same classes: the pad stays, and nothing is drawn
+    assert again.worker.wait(20)
+    third = reloaded(again, models=runs)
+    assert third.name == str(runs[0]) and (third.pad.mask() == mask).all() and (pixels(third) == image).all()
+    assert third.saver.worker.wait(10)
+    for run in runs:
+        run.unlink()
+    assert third.saver.path.exists()
+    without = reloaded(third, models=[])
+    assert without.finder.wait(10) and without.name == 'skrgan'
+    assert (without.pad.sketch() == third.pad.sketch()).all() and 'is no name of weights' in without.status.value
+
+
+def test_an_empty_sheet_of_other_classes_is_not_written_over_a_drawing(tmp_path):
+    saver, drawing = Autosave(tmp_path, pytest.fail), Drawing(32, ('background', 'ovary'))
+    assert saver.open('12-34') == (None, None)
+    drawing.load(np.ones((32, 32), np.float32))
+    for sheet, name in ((drawing, 'scan'), (Drawing(32), 'eye')):
+        saver.keep(sheet, name)
+        assert saver.worker.wait(10)
+    again = Autosave(tmp_path, pytest.fail)
+    saved, weights = again.open('12-34')
+    assert weights == 'scan' and len(saved.actions) == 1
+    again.keep(Drawing(32), 'eye')  # and neither after a reload
+    drawing.undo()
+    assert again.worker.wait(10) and len(again.open('12-34')[0].actions) == 1
+    again.keep(drawing, 'scan')  # an empty sheet of the same classes is what is there
+    assert again.worker.wait(10) and not again.open('12-34')[0].actions
+    saver.path.write_text(drawing.to_json())  # of earlier versions
+    assert again.open('12-34')[1] is None
+
+
 def test_real_images_become_what_the_recipe_draws():
     grey = np.full((40, 30), 100, np.uint8)
     assert real_image(png_bytes(grey), 'a.png', 64, 3).shape == (3, 64, 64)
@@ -410,17 +472,28 @@ def test_a_case_is_edited_and_compared(tmp_path):
     assert (pixels(app) == before).all()
 
 
+def test_a_folder_of_cases_to_edit(tmp_path):
+    scans = phantom_data('ultrasound', 2, 32, seed=5)
+    for i, scan in enumerate(scans):
+        save_png(tmp_path / f'scans/images/{i}.png', to_uint8(scan['image'])[..., 0])
+        save_png(tmp_path / f'scans/masks/{i}.png', scan['mask'].numpy().astype(np.uint8))
+    app = paints(tmp_path, images=str(tmp_path / 'scans'))
+    assert [label for label, _ in app.example.options[1:]] == ['0.png', '1.png']
+    app.example.value = 1
+    assert (app.on_pad()[1] == scans[1]['mask'].numpy()).all() and (pixels(app) != 0).any()
+
+
 def test_other_weights_bring_another_pad_and_keep_the_strokes(tmp_path):
-    app = paints(tmp_path, models=[])
+    app = paints(tmp_path, models=[tmp_path / 'eyes.safetensors'])
     draw(app, (50, 50), (400, 300))
     sketch = app.pad.sketch()
     r = tiny()
     r.save(tmp_path / 'eyes.safetensors')
-    app.model.options = [*app.model.options, str(tmp_path / 'eyes.safetensors')]
     app.model.value = str(tmp_path / 'eyes.safetensors')
     assert app.pad.drawing.classes == ('background', 'stroke') and (app.pad.sketch() == sketch).all()
     assert (pixels(app) == as_picture(r.render(sketch)[0])).all()
-    assert 'eyes.safetensors' in app.status.value and str(tmp_path) not in app.status.value
+    assert '<span>eyes: rendered' in app.status.value and app.caption.value.startswith('eyes: ')
+    assert str(tmp_path / 'eyes.safetensors') in app.model.tooltip
     tell(app, 'recall 1')
     assert app.pad.drawing.classes[1:] == ('ovary', 'follicle') and (app.pad.sketch() == sketch).all()
 
@@ -485,6 +558,25 @@ def test_nearest_images_follow_the_drawing(throat):
     assert app.large.value == ''
     app.pad.clear()
     assert app.worker.wait(20) and 'draw something' in app.beside.value
+
+
+def test_indexing_is_said_in_one_line_and_shows_no_progress_bar(throat, monkeypatch):
+    said, bars = [], []
+    monkeypatch.setattr('medsketch.core.IN_NOTEBOOK', True)
+    monkeypatch.setattr('medsketch.data.dataset.progress_bar', lambda items, **kw: bars.append(kw) or items)
+    throat.beside.observe(lambda change: said.append(change['new']), 'value')
+    draw(throat, (50, 50), (300, 300))
+    assert throat.worker.wait(20) and not bars  # a thread has no cell that a bar could stand below
+    assert 'indexing' in said[0] and 'near 0' not in said[0] and 'indexing' not in said[-1]
+    load_images(throat.retrieve, 32)
+    assert len(bars) == 1
+
+
+def test_rows_of_pictures_wrap_beside_their_label():
+    assert re.fullmatch(r'<div class="medsketch-row medsketch-large"><span>Styles</span><div>ab</div></div>',
+                        row('Styles', ['a', 'b'], 'large'))  # fmt: skip
+    rules = dict(re.findall(r'(?m)^(\.medsketch-row.*?) \{(.*?)\}', CSS))
+    assert [k for k, v in rules.items() if 'wrap' in v] == ['.medsketch-row > div']
 
 
 def test_an_index_that_lost_its_images_or_is_none_is_said_beside_the_image(throat, tmp_path):

@@ -866,6 +866,7 @@ def test_move_and_strokes_on_the_pad():
     _, sketch, mask = ovary()
     pad.load(sketch, mask, 0)
     assert pad.cls == 0 and [b.description for b in pad.bar.classes] == ["0 strokes", "1 ovary", "2 follicle"]
+    assert ", 0 to 2 class, " in pad.message.value and ", 1 to 3 class, " in SketchPad(64, KINDS).message.value
     key(pad, "2")
     assert pad.cls == 2 and pad.bar.classes[2].icon == "check"
     key(pad, "0")

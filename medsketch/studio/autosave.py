@@ -6,6 +6,7 @@
 __all__ = ['MOST_SAVED', 'Autosave']
 
 # %% ../../nbs/08_studio/06_autosave.ipynb #fc539a84
+import json
 import re
 from pathlib import Path
 
@@ -22,26 +23,33 @@ class Autosave:
                  folder, # where the files are
                  failed, # failed(error), in a thread
                 ):
-        self.folder, self.path = Path(folder), None
+        self.folder, self.path, self.classes = Path(folder), None, None
         self.worker = Newest(self._write, lambda done: None, failed)
 
     def open(self,
              number:str, # of the page
-            ): # a `Drawing`, or None
+            ) -> tuple: # a `Drawing`, or None; the name of its weights, or None
         "From now on save under a page's number. Returns what was saved under it. Raises `ValueError` if it is damaged"
         if not re.fullmatch(r'[0-9-]{4,80}', number): raise ValueError("a page's number has digits only")
         self.path = self.folder/f'{number}.json'
-        return Drawing.from_json(self.path.read_text('utf-8')) if self.path.exists() else None
+        if not self.path.exists(): return None, None
+        text = self.path.read_text('utf-8')
+        saved, weights = Drawing.from_json(text), json.loads(text).get('weights')
+        self.classes = saved.classes
+        return saved, weights if isinstance(weights, str) else None
 
     def keep(self,
              drawing:Drawing,
+             weights:str, # their name
             ):
-        "Write a drawing soon. Returns at once"
-        if self.path is None: return
-        self.worker.ask((self.path, drawing.snapshot()))
+        "Write a drawing soon. Returns at once. An empty sheet of other classes is not worth what is there"
+        other = self.classes is not None and self.classes != drawing.classes
+        if self.path is None or (other and not drawing.actions): return
+        self.classes = drawing.classes
+        self.worker.ask((self.path, drawing.snapshot(), weights))
 
     def _write(self, request):
-        path, drawing = request
-        with atomic_write(path, 'w') as f: f.write(drawing.to_json())
+        path, drawing, weights = request
+        with atomic_write(path, 'w') as f: f.write(drawing.to_json(weights=weights))
         old = sorted(path.parent.glob('*.json'), key=lambda p: p.stat().st_mtime)[:-MOST_SAVED]
         for p in old: p.unlink(missing_ok=True)

@@ -24,14 +24,15 @@ CSS = """<style>
 .medsketch-compare figure {margin: 0; flex: 1 1 5em; line-height: 1.4}
 .medsketch-compare img {width: 100%; display: block}
 .medsketch-caption {line-height: 1.5}
-.medsketch-row {display: flex; flex-wrap: wrap; gap: .3em; align-items: center}
-.medsketch-row > span {min-width: 5em}
+.medsketch-row, .medsketch-row > div {display: flex; gap: .3em; align-items: center}
+.medsketch-row > span {flex: none; min-width: 5em}
+.medsketch-row > div {flex-wrap: wrap}
 .medsketch-thumb {padding: 0; border: 1px solid #777; background: #eee; color: #222; cursor: pointer; line-height: 0}
 .medsketch-thumb img {width: 3.6em; height: 3.6em}
 .medsketch-thumb span {display: block; line-height: 1.5; font-size: .85em; padding: 0 .2em; max-width: 7.4em;
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
 .medsketch-large img, .medsketch-column img {width: 6.2em; height: 6.2em}
-.medsketch-column {flex-direction: column; align-items: flex-start}
+.medsketch-column, .medsketch-column > div {flex-direction: column; align-items: flex-start}
 .medsketch-chosen {outline: 3px solid #0072B2}
 .medsketch-reference button {border: 0; padding: .3em .8em; background: #eee; color: #222; cursor: pointer}
 .medsketch-reference img {display: block; width: min(100%, 24em)}

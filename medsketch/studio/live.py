@@ -19,14 +19,15 @@ import numpy as np
 import torch
 
 from ..core import atomic_write, png_bytes, sketch_to_uint8
+from ..data import load_images
 from ..phantoms import PHANTOMS
 from ..pretrained import find_named, find_weights, load, packaged
 from ..recipes import recipe_class
 from .newest import Newest
 from .autosave import Autosave
 from .choices import CSS
-from .gallery import Strip, caption, examples, palette_of
-from .layout import AppPage
+from .gallery import Strip, caption, examples, note, palette_of
+from .layout import AppPage, short_names
 from .near import Near, open_index
 from .pictures import (
     as_picture, difference, fit_image, kind_of, phantom_case, quick_png, real_image, surprise)
@@ -91,7 +92,9 @@ class _Rendering(_Asking):
         "Real images like the drawing, in the thread"
         if not self.retrieve: return
         try:
-            self.near = self.near or Near(open_index(self.retrieve, self.recipe))
+            if not self.near:
+                self.beside.value = note('Nearest real images: indexing …')
+                self.near = Near(open_index(self.retrieve, self.recipe))
             self.beside.value = self.near.html(self.near.find(drawing, self.paints))
         except (ValueError, OSError) as e:
             self.beside.value = f'<div role="alert" class="medsketch-bad">⚠ {html.escape(str(e))}</div>'
@@ -99,7 +102,7 @@ class _Rendering(_Asking):
 # %% ../../nbs/08_studio/07_live.ipynb #37d2e33f
 class _Shown(_Rendering):
     "The answer on the page"
-    def _known_as(self, name): return Path(name).name if Path(name).is_absolute() else name
+    def _known_as(self, name): return self.labels.get(name) or short_names([name])[name]
 
     def _show(self, answer):
         self.shown = answer
@@ -170,12 +173,16 @@ class _Weights(_Known):
         self.pad.image_style = self.config.get('style', 'generic')
         self.gallery.value = examples(self.phantom, self.kind, self.config)
         self.choices.offer(self.controls)
+        self._explain(name)
         self.refresh()
+        if self.due is None: self.saver.keep(self.pad.drawing, name)
+
+    def _is_here(self, name):
+        return name in self.given or name in self.places or name in packaged() or Path(name).exists()
 
     def _picked(self, name):
         "Weights out of the menu: those on the Hub are looked for in a thread, once"
-        known = name in self.given or name in self.places or name in packaged() or Path(name).exists()
-        if known: self.use(name)
+        if self._is_here(name): self.use(name)
         else: self._wanted(name)
 
     def _wanted(self, name):
@@ -190,10 +197,19 @@ class _Weights(_Known):
 
     def _found(self, found):
         name, self.places[name] = found[0], found[1]
-        self.model.options = list(dict.fromkeys([*self.model.options, name]))
         self.other.value = ''
+        self._take(name)
+        self._return()
+
+    def _take(self, name):
+        "Weights that are here, in the menu and in use"
+        self._offer([*self.labels, name])
         if self.model.value == name: self.use(name)
         else: self.model.value = name
+
+    def _missed(self, error):
+        self._return()
+        self.say(error)
 
 # %% ../../nbs/08_studio/07_live.ipynb #bf584289
 class _Starts(_Weights):
@@ -286,7 +302,7 @@ class _Words(_Export):
 
     def _drawn(self, pad, final):
         self.refresh(final)
-        if final: self.saver.keep(pad.drawing)
+        if final: self.saver.keep(pad.drawing, self.name)
 
     def _example(self, i):
         self._start(phantom_case(self.phantom, self.kind, self.config, int(i), self.config['size']))
@@ -311,12 +327,22 @@ class _Words(_Export):
 
     def _opened(self, number):
         "A page says who it is: what was saved under its number comes back, unless something was drawn already"
-        saved = self.saver.open(number)
-        fits = saved is not None and saved.classes == self.pad.drawing.classes
-        if fits and self.pad.drawing.version == self.untouched:
-            self.pad.replace(saved)
-            self.say('your drawing is back')
-        else: self.saver.keep(self.pad.drawing)
+        first = self.saver.path is None # another pad, for other weights, says it again
+        saved, name = self.saver.open(number)
+        if not (first and saved and self.pad.drawing.version == self.untouched):
+            return self.saver.keep(self.pad.drawing, self.name)
+        self.due = saved
+        if name in (None, self.name): self._return()
+        elif self._is_here(name): self._take(name), self._return()
+        else: self._wanted(name)
+
+    def _return(self):
+        "What was saved comes back to the pad of its weights; to another pad only its strokes"
+        saved, self.due = self.due, None
+        if saved is None: return
+        if saved.classes == self.pad.drawing.classes: self.pad.replace(saved)
+        else: self.pad.load(saved.sketch(), cls=self.pad.cls)
+        self.say('your drawing is back')
 
 # %% ../../nbs/08_studio/07_live.ipynb #841ea2cf
 class LiveRender(_Words):
@@ -324,24 +350,26 @@ class LiveRender(_Words):
     def __init__(self,
                  recipe='fundus', # a `Recipe`, or whatever `medsketch.load` takes
                  models=None, # names offered in the menu; the packaged ones if not given
-                 images=None, # an `ImageData` of real images to edit; others can be uploaded
+                 images=None, # an `ImageData` of real images to edit, or a folder; others can be uploaded
                  out='drawings', # folder for what is saved
                  example:bool=False, # open on an example, not on an empty sheet
                  retrieve=None, # an index from `medsketch retrieve`, or a folder: show the nearest real images
                 ):
-        self.strip, self.places, self.finder = Strip(), {}, Newest(self._find, self._found, self.say, self._slow)
+        self.strip, self.places, self.finder = Strip(), {}, Newest(self._find, self._found, self._missed, self._slow)
         self.saver = Autosave(Path(out)/'autosave', self.say)
-        self.out, self.images, self.shown, self.seconds = Path(out), images, None, {}
+        self.out, self.shown, self.seconds = Path(out), None, {}
         self.given = {} if isinstance(recipe, (str, Path)) else {recipe.name: recipe}
-        self.original = self.real = self.recipe = self.loaded = self.pad = self.near = None
+        self.original = self.real = self.recipe = self.loaded = self.pad = self.near = self.due = None
         self.retrieve = retrieve
         self.rendered_original = (None, None)
         first = next(iter(self.given), None) or str(recipe)
         self._choose(first)
+        is_folder, c = isinstance(images, (str, Path)), self.config
+        self.images = load_images(images, c['size'], channels=c['channels']) if is_folder else images
         self.worker = Newest(self._work, self._show, self.say, self._slow)
         super().__init__()
         self.add_class('medsketch-pad')
-        self._models(first, list(packaged(None) if models is None else models))
+        self._models([first, *map(str, packaged(None) if models is None else models)])
         self._parts()
         self._new_pad()
         self.use(first)

@@ -19,7 +19,7 @@ from ..models.encoder import SketchEncoder
 from ..recipes.sketch_synth import with_outlines
 from ..sketch import add_sketches
 from .board import square_pixels
-from .gallery import row, thumb
+from .gallery import note, row, thumb
 from .uploads import short_name
 
 # %% ../../nbs/08_studio/06_near.ipynb #8691d53d
@@ -77,7 +77,7 @@ class Near:
              found:list, # from `find`
             ) -> str: # HTML
         "What was found, as a column"
-        if not found: return '<div class="medsketch-row">Nearest real images: draw something</div>'
+        if not found: return note('Nearest real images: draw something')
         names = [self.index.paths[i] for i, _ in found]
         tiles = [thumb(self.pixels(i), f'near {i}', f'{name}, distance {d:.3g}', short_name(name, 16))
                  for (i, d), name in zip(found, names)]

@@ -58,7 +58,8 @@ class _Messages(w.VBox):
     ):
         "Show a line under the pad"
         own = ''.join(f', {k.upper()} {name}' for k, (name, _) in self.more_keys.items())
-        areas = 'R region, M move, Z resize, 1 to 9 class, ' if self.bar.classes else ''
+        classes = f'{self.bar.first} to {min(9, len(self.drawing.classes) - 1)} class'
+        areas = f'R region, M move, Z resize, {classes}, ' if self.bar.classes else ''
         line = html.escape(text or HELP.format(region=areas) + own)
         self.message.value = f'<span role="alert"><b>&#9888; {line}</b></span>' if error else line
 

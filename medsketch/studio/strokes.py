@@ -230,11 +230,13 @@ class Drawing(_Edits):
         now._actions, now._done, now._sheets = list(self.actions), self._done, {}
         return now
 
-    def to_json(self) -> str:
+    def to_json(self,
+        **notes, # texts to keep beside the drawing; `from_json` passes them over
+    ) -> str:
         "The drawing as text: size, classes, colours and every action; what was undone is left out"
         drawing = dict(format=FORMAT, version=1, size=self.size, classes=self.classes, colours=self.colours.tolist(),
                        actions=[_action_out(a) for a in self.actions])
-        return json.dumps(drawing, separators=(',', ':'))
+        return json.dumps(notes | drawing, separators=(',', ':'))
 
     @staticmethod
     def from_json(

@@ -89,6 +89,11 @@ def test_steps_styles_truncation_and_nearest_images(browser, tmp_path):
         press('style 2').click()
         styled = s.changed(last)
         assert styled not in (first, last)
+        beside = [b.bounding_box()['x'] for b in press('style ').all()]
+        assert min(beside) == beside[0] > press('style ').first.locator('xpath=../../span').bounding_box()['x'] + 40
+        assert s.page.locator('progress, .progress-bar-interrupted').count() == 0, 'the index is made without a bar'
+        menu = s.root.locator(".widget-dropdown:has-text('Renderer') select")
+        assert menu.evaluate('m => m.selectedOptions[0].text') == 'throat' and str(run) in menu.get_attribute('title')
         press('near ').first.click()
         s.root.locator('.medsketch-reference img').wait_for()
         assert '.png' in s.root.locator('.medsketch-reference figcaption').inner_text()
@@ -99,3 +104,14 @@ def test_steps_styles_truncation_and_nearest_images(browser, tmp_path):
         s.until(lambda: s.root.locator('.medsketch-near').inner_html() != nearest)
         s.choose('fundus')  # which offers nothing of all this
         s.until(lambda: press('step ').count() == 0 and not s.button('Other styles').first.is_visible())
+        drawn = s.settled()
+        s.page.reload()
+        s.ready().shows(drawn)  # the weights come back with the drawing
+        assert s.button('4 uvula').count() == 0
+        s.choose('throat')
+        s.click('4 uvula')
+        s.click('Region')
+        s.draw((0.1, 0.1), (0.3, 0.1), (0.3, 0.3), (0.1, 0.3))
+        drawn = s.settled()
+        s.page.reload()
+        s.ready().shows(drawn)
