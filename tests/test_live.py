@@ -309,6 +309,7 @@ def test_a_reloaded_page_goes_back_to_the_weights_of_its_drawing(tmp_path):
         paints(tmp_path).given['pgsgan'].save(run)
     app = LiveRender(tiny(), models=runs, out=tmp_path / 'out')
     assert [label for label, _ in app.model.options] == ['skrgan', 'a/ovary', 'b/ovary']
+    assert app.model.value == 'skrgan'
     tell(app, 'page 12-34')
     app.model.value = str(runs[1])
     tell(app, 'page 12-34')  # the new pad says it too

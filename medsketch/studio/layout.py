@@ -43,8 +43,10 @@ class _Widgets(widgets.VBox):
     "The controls of the app: which weights, and how to start"
     def _models(self, names):
         plain, width = dict(description_width='initial'), lambda flex: widgets.Layout(width='auto', flex=flex)
-        self.model = widgets.Dropdown(description='Renderer', style=plain, layout=width('1 1 12em'))
-        self._offer(names)
+        self.labels = short_names(dict.fromkeys(names))
+        self.model = widgets.Dropdown(options=[(label, name) for name, label in self.labels.items()], value=names[0],
+                                      description='Renderer', style=plain, layout=width('1 1 12em'))
+        self.offering = False
         self.model.observe(lambda change: self.offering or self._picked(change['new']), 'value')
         self.other = widgets.Text(
             placeholder='or a Hub id: user/name', continuous_update=False, layout=width('1 1 10em'),
@@ -55,7 +57,7 @@ class _Widgets(widgets.VBox):
         "Weights in the menu, by short names; the chosen ones stay chosen"
         self.offering, self.labels, chosen = True, short_names(dict.fromkeys(names)), self.model.value
         self.model.options = [(label, name) for name, label in self.labels.items()]
-        if chosen is not None: self.model.value = chosen
+        self.model.value = chosen
         self.offering = False
 
     def _explain(self, name):
