@@ -108,7 +108,7 @@ def resumed(
     "The training that a folder holds. Raises `ValueError` for options that do not agree with it"
     from medsketch.recipes import recipe_class
     from medsketch.recipes.arguments import check_arguments
-    from medsketch.recipes.base import with_int_keys
+    from medsketch.recipes.arguments import with_int_keys
     from medsketch.train.stages import read_config
     before = read_config(out)
     if not {'recipe', 'config'} <= before.keys(): raise ValueError(f"{out} holds no run: there is no config.json")
@@ -205,7 +205,7 @@ def carry_out(job:Job, resume:bool):
     "Read, say what was understood, train"
     from medsketch.commands.plan import Forecast, announce, steps_for
     from medsketch.core import default_device
-    from medsketch.recipes.base import with_int_keys
+    from medsketch.recipes.arguments import with_int_keys
     acc, log = check_options(job)
     ds = load_source(job.data, job.settings['size'], job['channels'], masks=uses_masks(job))
     settings = with_int_keys(job.settings | dict(channels=ds.channels))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'as_data', 'sized', 'Drawing', 'ManySamples', 'Saving', 'Preparing', 'Fitting', 'Stepping', 'Checks',
-           'Recipe', 'with_int_keys', 'recipe_class', 'load_recipe']
+           'Recipe', 'recipe_class', 'load_recipe']
 
 # %% ../../nbs/06_recipes/00_base.ipynb #b64b3ce1
 import copy
@@ -371,15 +371,6 @@ class Recipe(OnPad, Drawing, ManySamples, Saving, Preparing, Fitting, Stepping, 
 
     @property
     def device(self): return next(p for n in self.nets.values() for p in n.parameters()).device
-
-# %% ../../nbs/06_recipes/00_base.ipynb #d7c0e381
-def with_int_keys(
-    config:dict, # keyword arguments
-) -> dict: # the same, for the tables {resolution: number}: JSON turns their keys into text
-    "Arguments as they were before they were written as JSON"
-    tables = ('batches', 'batch_size', 'widths')
-    numbers = lambda v: {int(a): b for a, b in v.items()}
-    return {k: numbers(v) if k in tables and isinstance(v, dict) else v for k, v in config.items()}
 
 # %% ../../nbs/06_recipes/00_base.ipynb #34d0f48e
 def recipe_class(

@@ -19,7 +19,8 @@ from ..core import torch_rng
 from ..data import ImageData
 from ..models.dcgan import DCDiscriminator, DCGenerator
 from ..train.adversarial import Adversarial, augmenter
-from .base import Recipe, with_int_keys
+from .arguments import with_int_keys
+from .base import Recipe
 from ..train.losses import gradient_penalty, logistic_d, logistic_g, wgan_d, wgan_g
 from ..train.stages import Stage
 from ..train.trainer import Callback

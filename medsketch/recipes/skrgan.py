@@ -19,7 +19,8 @@ from ..models.patchgan import PatchDiscriminator
 from ..models.pggan import PGDiscriminator, PGGenerator
 from ..models.unet import UNetRenderer
 from ..train.adversarial import Adversarial, RenderLosses, augmenter
-from .base import Recipe, with_int_keys
+from .arguments import with_int_keys
+from .base import Recipe
 from ..sketch.files import sketch_batch
 from ..sketch.variants import add_variants, jitter
 from ..train.callbacks import Fade
