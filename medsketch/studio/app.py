@@ -69,7 +69,7 @@ def free_port(
         raise ValueError(f"cannot listen on {host}:{port} ({why}): "
                          "choose another --port, or 0 for any free one") from None
 
-# %% ../../nbs/08_studio/08_app.ipynb #0246db22
+# %% ../../nbs/08_studio/08_app.ipynb #69b036ec
 def serve(
     recipe:str='fundus', # whatever `medsketch.load` takes
     host:str='127.0.0.1', # address to listen on; 0.0.0.0 lets other machines in
@@ -108,6 +108,7 @@ def _with_images(folder):
     find_cases(folder)
     return Path(folder).expanduser().resolve()
 
+# %% ../../nbs/08_studio/08_app.ipynb #a4bfabdb
 def serve_page(
     notebook:dict, # of one cell
     host:str='127.0.0.1', # as for `serve`

@@ -160,23 +160,8 @@ class _Known(_Shown):
         self.untouched = self.pad.drawing.version
 
 # %% ../../nbs/08_studio/07_live.ipynb #e1e7c5a9
-class _Weights(_Known):
-    "Which weights are rendered with"
-    def use(self,
-            name, # whatever `medsketch.load` takes
-           ):
-        "Render with these weights from now on. What is wrong with them is shown"
-        try: self._choose(name)
-        except ValueError as e: return self.say(e)
-        self.original = self.real = None
-        if self.pad.drawing.classes != self.classes[0]: self._new_pad()
-        self.pad.image_style = self.config.get('style', 'generic')
-        self.gallery.value = examples(self.phantom, self.kind, self.config)
-        self.choices.offer(self.controls)
-        self._explain(name)
-        self.refresh()
-        if self.due is None: self.saver.keep(self.pad.drawing, name)
-
+class _Found(_Known):
+    "Where weights are looked for"
     def _is_here(self, name):
         return name in self.given or name in self.places or name in packaged() or Path(name).exists()
 
@@ -210,6 +195,24 @@ class _Weights(_Known):
     def _missed(self, error):
         self._return()
         self.say(error)
+
+# %% ../../nbs/08_studio/07_live.ipynb #afdf3032
+class _Weights(_Found):
+    "Which weights are rendered with"
+    def use(self,
+            name, # whatever `medsketch.load` takes
+           ):
+        "Render with these weights from now on. What is wrong with them is shown"
+        try: self._choose(name)
+        except ValueError as e: return self.say(e)
+        self.original = self.real = None
+        if self.pad.drawing.classes != self.classes[0]: self._new_pad()
+        self.pad.image_style = self.config.get('style', 'generic')
+        self.gallery.value = examples(self.phantom, self.kind, self.config)
+        self.choices.offer(self.controls)
+        self._explain(name)
+        self.refresh()
+        if self.due is None: self.saver.keep(self.pad.drawing, name)
 
 # %% ../../nbs/08_studio/07_live.ipynb #bf584289
 class _Starts(_Weights):
@@ -286,8 +289,30 @@ class _Export(_Starts):
                 'side_by_side.png': png_bytes(np.concatenate([paper, picture], 1)),
                 'strokes.json': self.pad.drawing.to_json().encode(), 'about.json': json.dumps(notes, indent=1).encode()}
 
-# %% ../../nbs/08_studio/07_live.ipynb #21320ff6
-class _Words(_Export):
+# %% ../../nbs/08_studio/07_live.ipynb #ba775aee
+class _Back(_Export):
+    "What was drawn before comes back"
+    def _opened(self, number):
+        "A page says who it is: what was saved under its number comes back, unless something was drawn already"
+        first = self.saver.path is None # another pad, for other weights, says it again
+        saved, name = self.saver.open(number)
+        if not (first and saved and self.pad.drawing.version == self.untouched):
+            return self.saver.keep(self.pad.drawing, self.name)
+        self.due = saved
+        if name in (None, self.name): self._return()
+        elif self._is_here(name): self._take(name), self._return()
+        else: self._wanted(name)
+
+    def _return(self):
+        "What was saved comes back to the pad of its weights; to another pad only its strokes"
+        saved, self.due = self.due, None
+        if saved is None: return
+        if saved.classes == self.pad.drawing.classes: self.pad.replace(saved)
+        else: self.pad.load(saved.sketch(), cls=self.pad.cls)
+        self.say('your drawing is back')
+
+# %% ../../nbs/08_studio/07_live.ipynb #d4f07537
+class _Words(_Back):
     "What the page says, and what the pad is connected with"
     def _join(self):
         self.pad.on_change(self._drawn)
@@ -324,25 +349,6 @@ class _Words(_Export):
         self.pad.underlay(None)
         if moment.name != self.name: self.model.value = moment.name
         self.pad.replace(moment.drawing)
-
-    def _opened(self, number):
-        "A page says who it is: what was saved under its number comes back, unless something was drawn already"
-        first = self.saver.path is None # another pad, for other weights, says it again
-        saved, name = self.saver.open(number)
-        if not (first and saved and self.pad.drawing.version == self.untouched):
-            return self.saver.keep(self.pad.drawing, self.name)
-        self.due = saved
-        if name in (None, self.name): self._return()
-        elif self._is_here(name): self._take(name), self._return()
-        else: self._wanted(name)
-
-    def _return(self):
-        "What was saved comes back to the pad of its weights; to another pad only its strokes"
-        saved, self.due = self.due, None
-        if saved is None: return
-        if saved.classes == self.pad.drawing.classes: self.pad.replace(saved)
-        else: self.pad.load(saved.sketch(), cls=self.pad.cls)
-        self.say('your drawing is back')
 
 # %% ../../nbs/08_studio/07_live.ipynb #841ea2cf
 class LiveRender(_Words):
