@@ -118,7 +118,8 @@ class _Shown(_Rendering):
         figures = ''.join(figure(*tile) for tile in tiles.items())
         self.compare.value = f'<div class="medsketch-compare">{figures}</div>' if tiles else ''
         self.stop_button.disabled = not tiles
-        self.caption.value = html.escape(caption(self._known_as(answer['name']), self.recipe.config))
+        below = html.escape(caption(self._known_as(answer['name']), self.recipe.config))
+        self.caption.value = f'<span title="{html.escape(answer["name"])}">{below}</span>'
         if answer['drawing'] and self.strip.add(answer['picture'], answer['drawing'], answer['name']):
             self.last.value = self.strip.html()
         took = f"{self._known_as(answer['name'])}: rendered in {self.seconds['model'] * 1000:.0f} ms"
@@ -173,7 +174,6 @@ class _Weights(_Known):
         self.pad.image_style = self.config.get('style', 'generic')
         self.gallery.value = examples(self.phantom, self.kind, self.config)
         self.choices.offer(self.controls)
-        self._explain(name)
         self.refresh()
         if self.due is None: self.saver.keep(self.pad.drawing, name)
 
