@@ -493,8 +493,8 @@ def test_other_weights_bring_another_pad_and_keep_the_strokes(tmp_path):
     app.model.value = str(tmp_path / 'eyes.safetensors')
     assert app.pad.drawing.classes == ('background', 'stroke') and (app.pad.sketch() == sketch).all()
     assert (pixels(app) == as_picture(r.render(sketch)[0])).all()
-    assert '<span>eyes: rendered' in app.status.value and app.caption.value.startswith('eyes: ')
-    assert str(tmp_path / 'eyes.safetensors') in app.model.tooltip
+    assert '<span>eyes: rendered' in app.status.value and '>eyes: synthetic' in app.caption.value
+    assert f'title="{tmp_path}/eyes.safetensors"' in app.caption.value
     tell(app, 'recall 1')
     assert app.pad.drawing.classes[1:] == ('ovary', 'follicle') and (app.pad.sketch() == sketch).all()
 

@@ -46,6 +46,8 @@ class _Widgets(widgets.VBox):
         self.labels = short_names(dict.fromkeys(names))
         self.model = widgets.Dropdown(options=[(label, name) for name, label in self.labels.items()], value=names[0],
                                       description='Renderer', style=plain, layout=width('1 1 12em'))
+        self.model.tooltip = 'Which trained renderer turns the sketch into an image'
+        self.model.add_class('medsketch-weights')
         self.offering = False
         self.model.observe(lambda change: self.offering or self._picked(change['new']), 'value')
         self.other = widgets.Text(
@@ -59,10 +61,6 @@ class _Widgets(widgets.VBox):
         self.model.options = [(label, name) for name, label in self.labels.items()]
         self.model.value = chosen
         self.offering = False
-
-    def _explain(self, name):
-        "The whole name of weights, where the pointer rests on the menu"
-        self.model.tooltip = f'Which trained renderer turns the sketch into an image: {name}'
 
     def _starts(self):
         self.seed = widgets.BoundedIntText(

@@ -118,7 +118,8 @@ class _Shown(_Rendering):
         figures = ''.join(figure(*tile) for tile in tiles.items())
         self.compare.value = f'<div class="medsketch-compare">{figures}</div>' if tiles else ''
         self.stop_button.disabled = not tiles
-        self.caption.value = html.escape(caption(self._known_as(answer['name']), self.recipe.config))
+        below = html.escape(caption(self._known_as(answer['name']), self.recipe.config))
+        self.caption.value = f'<span title="{html.escape(answer["name"])}">{below}</span>'
         if answer['drawing'] and self.strip.add(answer['picture'], answer['drawing'], answer['name']):
             self.last.value = self.strip.html()
         took = f"{self._known_as(answer['name'])}: rendered in {self.seconds['model'] * 1000:.0f} ms"
@@ -196,7 +197,7 @@ class _Found(_Known):
         self._return()
         self.say(error)
 
-# %% ../../nbs/08_studio/07_live.ipynb #afdf3032
+# %% ../../nbs/08_studio/07_live.ipynb #5a2d2ced
 class _Weights(_Found):
     "Which weights are rendered with"
     def use(self,
@@ -210,7 +211,6 @@ class _Weights(_Found):
         self.pad.image_style = self.config.get('style', 'generic')
         self.gallery.value = examples(self.phantom, self.kind, self.config)
         self.choices.offer(self.controls)
-        self._explain(name)
         self.refresh()
         if self.due is None: self.saver.keep(self.pad.drawing, name)
 
@@ -289,7 +289,7 @@ class _Export(_Starts):
                 'side_by_side.png': png_bytes(np.concatenate([paper, picture], 1)),
                 'strokes.json': self.pad.drawing.to_json().encode(), 'about.json': json.dumps(notes, indent=1).encode()}
 
-# %% ../../nbs/08_studio/07_live.ipynb #ba775aee
+# %% ../../nbs/08_studio/07_live.ipynb #19fef093
 class _Back(_Export):
     "What was drawn before comes back"
     def _opened(self, number):
@@ -311,7 +311,7 @@ class _Back(_Export):
         else: self.pad.load(saved.sketch(), cls=self.pad.cls)
         self.say('your drawing is back')
 
-# %% ../../nbs/08_studio/07_live.ipynb #d4f07537
+# %% ../../nbs/08_studio/07_live.ipynb #e4255acc
 class _Words(_Back):
     "What the page says, and what the pad is connected with"
     def _join(self):

@@ -104,6 +104,7 @@ const nameAll = pad => {
     const row = h.closest('.widget-inline-hbox')
     set(h, 'aria-label', text(row?.querySelector('.widget-label')))
     set(h, 'aria-valuetext', text(row?.querySelector('.widget-readout'))) }
+  for (const m of all(pad, '.medsketch-weights')) set(m, 'title', pad.querySelector('.medsketch-caption span')?.title)
   for (const f of all(pad, 'input, select'))
     if (!f.labels?.length || !text(f.labels[0])) set(f, 'aria-label', f.title || f.placeholder)
   for (const b of all(pad, '.jupyter-widget-upload, .widget-upload'))

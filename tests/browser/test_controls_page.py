@@ -93,7 +93,8 @@ def test_steps_styles_truncation_and_nearest_images(browser, tmp_path):
         assert min(beside) == beside[0] > press('style ').first.locator('xpath=../../span').bounding_box()['x'] + 40
         assert s.page.locator('progress, .progress-bar-interrupted').count() == 0, 'the index is made without a bar'
         menu = s.root.locator(".widget-dropdown:has-text('Renderer') select")
-        assert menu.evaluate('m => m.selectedOptions[0].text') == 'throat' and str(run) in menu.get_attribute('title')
+        assert menu.evaluate('m => m.selectedOptions[0].text') == 'throat'
+        assert str(run) in menu.locator('xpath=..').get_attribute('title')
         press('near ').first.click()
         s.root.locator('.medsketch-reference img').wait_for()
         assert '.png' in s.root.locator('.medsketch-reference figcaption').inner_text()
