@@ -332,7 +332,10 @@ def test_a_reloaded_page_goes_back_to_the_weights_of_its_drawing(tmp_path):
     assert third.saver.path.exists()
     without = reloaded(third, models=[])
     assert without.finder.wait(10) and without.name == 'skrgan'
+    pixels(without)  # what was rendered meanwhile does not take the warning away, the next stroke does
     assert (without.pad.sketch() == third.pad.sketch()).all() and 'is no name of weights' in without.status.value
+    draw(without, (50, 50), (300, 300))
+    assert pixels(without) is not None and 'rendered in' in without.status.value
 
 
 def test_an_empty_sheet_of_other_classes_is_not_written_over_a_drawing(tmp_path):

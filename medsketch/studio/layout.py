@@ -116,12 +116,15 @@ class _Page(_Widgets):
 # %% ../../nbs/08_studio/06_layout.ipynb #4c070d25
 class AppPage(_Page):
     "What is said to the person who draws"
+    warned, worker = 0, None # renderings asked for at the last warning; `Newest`
+
     def say(self,
             message, # text, or an exception
            ):
         "Show a message below the image; an exception as a warning"
         text = html.escape(' '.join(str(message).split()) or type(message).__name__)
         wrong = isinstance(message, Exception)
+        if wrong and self.worker: self.warned = self.worker.asked
         if wrong and not isinstance(message, (ValueError, RuntimeError, OSError)):
             text = f'{type(message).__name__}: {text}'
         alert = f'<div role="alert" class="medsketch-bad">⚠ {text}</div>'

@@ -123,7 +123,7 @@ class _Shown(_Rendering):
         if answer['drawing'] and self.strip.add(answer['picture'], answer['drawing'], answer['name']):
             self.last.value = self.strip.html()
         took = f"{self._known_as(answer['name'])}: rendered in {self.seconds['model'] * 1000:.0f} ms"
-        self.say(f'{took}. Synthetic, not for diagnosis.')
+        if self.worker.asked > self.warned: self.say(f'{took}. Synthetic, not for diagnosis.') # warnings stay
 
 # %% ../../nbs/08_studio/07_live.ipynb #3085c5c5
 class _Known(_Shown):
