@@ -6,7 +6,9 @@
 __all__ = ['Newest']
 
 # %% ../../nbs/08_studio/05_newest.ipynb #58ed7e2c
+import atexit
 import threading
+import weakref
 
 # %% ../../nbs/08_studio/05_newest.ipynb #f24d9987
 class _Thread:
@@ -31,6 +33,13 @@ class _Thread:
             self.slow(False)
 
 # %% ../../nbs/08_studio/05_newest.ipynb #238f4cf0
+_STARTED = weakref.WeakSet()
+
+@atexit.register
+def _finish():
+    "A thread that is at work when Python ends would abort the process"
+    for n in list(_STARTED): n.wait(5)
+
 class Newest(_Thread):
     "Answers the newest request only: one is at work, one waits, and whatever came between is dropped"
     def __init__(self,
@@ -53,6 +62,7 @@ class Newest(_Thread):
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, daemon=True, name='medsketch render')
                 self._thread.start()
+                _STARTED.add(self)
             self._changed.notify_all()
 
     def wait(self,
