@@ -363,7 +363,7 @@ def test_explorer_by_hand(through, data):
     torch.testing.assert_close(e.place.vector, want)
     assert e.image.value != before
     x, y = e.map.at[4]
-    e.map.canvas._handle_frontend_event(None, {'event': 'mouse_down', 'x': x, 'y': y}, [])
+    e.map.canvas[-1]._handle_frontend_event(None, {'event': 'mouse_down', 'x': x, 'y': y}, [])
     assert e.map.chosen == 4 and torch.equal(e.place.vector, e.codes[4]) and e.sliders['principal 1'].value == 0
     assert 'image 4' in e.text.value
     e.buttons['walk'].click()

@@ -245,6 +245,8 @@ class _Gradients:
 # %% ../../nbs/05_train/02_trainer.ipynb #b657e3f9
 class _Steps(_Parts):
     "How a step is made"
+    still = frozenset() # ids of parameters that a user froze before `fit`
+
     def _step(self, batches):
         "One optimiser step of every phase that is due"
         for n in self.frozen.values():
