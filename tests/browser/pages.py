@@ -169,8 +169,7 @@ class Studio:
     def png(self):
         "The bytes of the image on the page"
         return base64.b64decode(
-            self.img.evaluate("""async i => { let b  // another image may take its place meanwhile
-            while (!b) try { b = await (await fetch(i.src)).blob() } catch { await new Promise(r => setTimeout(r, 50)) }
+            self.img.evaluate("""async i => { const b = await (await fetch(i.src)).blob();
             return await new Promise(done => { const r = new FileReader();
                 r.onload = () => done(r.result.split(',')[1]); r.readAsDataURL(b) }) }""")
         )
