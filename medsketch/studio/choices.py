@@ -58,11 +58,10 @@ class _Rows(widgets.VBox):
             ):
         "Put the pictures of an answer on the page"
         self.pictures, self.styled = pictures, styled or self.styled
-        several, last = len(pictures) > 1, len(pictures) - 1
-        at = last if self.step is None else min(self.step, last)
+        at = self._at(pictures)
         name = lambda k: 'from the sketch' if k == 0 else f'step {k}'
         self.steps.value = row('Steps', [thumb(p, f'step {k}', name(k), 'first' if k == 0 else name(k), k == at)
-                                         for k, p in enumerate(pictures)], 'large') if several else ''
+                                         for k, p in enumerate(pictures)], 'large') if len(pictures) > 1 else ''
         if not self.more.value: return
         name = lambda k: 'of the sketch' if k is None else f'style {k}'
         tiles = [thumb(p, f'style {k or "own"}', f'style {k or "of the sketch"}', name(k), k == self.style)
@@ -73,7 +72,11 @@ class _Rows(widgets.VBox):
                pictures:list, # of an answer
               ):
         "The picture of the step that is looked at"
-        return pictures[-1 if self.step is None else min(self.step, len(pictures) - 1)]
+        return pictures[self._at(pictures)]
+
+    def _at(self, pictures):
+        last = len(pictures) - 1
+        return last if self.step is None else min(self.step, last)
 
 # %% ../../nbs/08_studio/06_choices.ipynb #3a430219
 class _Offered(_Rows):

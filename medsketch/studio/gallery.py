@@ -15,7 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from ..core import PALETTE, sketch_to_uint8
+from ..core import PALETTE, mask_to_rgb, sketch_to_uint8
 from ..pretrained import NO_PATIENT, PRETRAINED
 from .pictures import phantom_case, quick_png
 from .strokes import Drawing
@@ -71,8 +71,8 @@ def case_picture(
     page = np.repeat(sketch_to_uint8(sketch)[..., None], 3, -1)
     if mask is None: return page
     m = np.asarray(mask)
-    table = np.concatenate([PALETTE[:1], PALETTE[1 + np.arange(32) % 7]])
-    return np.where((m > 0)[..., None], (table[m] * .6 + 255 * .4).astype(np.uint8), page)
+    painted = mask_to_rgb(m, palette_of(int(m.max()) + 1)[1])
+    return np.where((m > 0)[..., None], (painted * .6 + 255 * .4).astype(np.uint8), page)
 
 def examples(
     kind, # a key of `PHANTOMS`, or None

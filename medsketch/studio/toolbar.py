@@ -11,6 +11,7 @@ import math
 import ipywidgets as w
 import numpy as np
 
+from .ink import MOVES
 from .strokes import Drawing
 
 # %% ../../nbs/08_studio/03_toolbar.ipynb #64d8a9f2
@@ -20,7 +21,7 @@ TOOL_TIPS = {'pen': 'Draw freehand', 'line': 'Draw a straight line',
              'move': 'Drag a region elsewhere, with what lies on it',
              'resize': 'Drag a region larger, away from its middle, or smaller'}
 ICONS = {'pen': 'pencil', 'line': 'minus', 'region': 'circle', 'eraser': 'eraser', 'move': 'arrows', 'resize': 'expand'}
-AREAS = ('region', 'move', 'resize') # tools for several classes
+AREAS = ('region', *MOVES) # tools for several classes
 
 def _tip(widget, text):
     setattr(widget, 'tooltip' if widget.has_trait('tooltip') else 'description_tooltip', text)
