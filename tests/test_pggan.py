@@ -87,6 +87,20 @@ def test_the_critic_sees_the_mask(data):
     assert not torch.equal(r.judge(r.nets['D'], real), r.judge(r.nets['D'], other))
 
 
+def test_the_critic_cannot_tell_maps_by_their_exact_values(data):
+    r, batch = tiny(seg='vessel'), data.batch(range(4))
+    r._know(data)
+    seen = lambda r, x: r.judge(lambda x, alpha: x, x)
+    x = r.stack(batch['image'], batch['mask'])
+    image, maps = seen(r, x).split([3, 1], 1)
+    assert torch.equal(image, x[:, :3]) and set(x[:, 3:].unique().tolist()) == {-1, 1}
+    middle = x[:, 3:].unfold(2, 3, 1).unfold(3, 3, 1).mean((4, 5))
+    torch.testing.assert_close(maps[:, :, 1:-1, 1:-1], middle)
+    edge = x[:, 3, 0].unfold(1, 3, 1).mean(-1) / 2 + x[:, 3, 1].unfold(1, 3, 1).mean(-1) / 2
+    torch.testing.assert_close(maps[:, 0, 0, 1:-1], edge)  # nothing is made up outside
+    assert torch.equal(seen(tiny(seg=None), x[:, :3]), x[:, :3])
+
+
 def test_while_it_grows_masks_are_averaged_like_images(data):
     r = tiny(encoder_steps=0)
     r._know(data)

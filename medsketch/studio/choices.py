@@ -57,8 +57,7 @@ class _Rows(widgets.VBox):
              styled:dict, # {seed: (H, W, 3) uint8}, the sketch in other styles, None: its own; empty: as they are
             ):
         "Put the pictures of an answer on the page"
-        self.pictures, self.styled = pictures, styled or self.styled
-        at = self._at(pictures)
+        self.styled, at = styled or self.styled, self._at(pictures)
         name = lambda k: 'from the sketch' if k == 0 else f'step {k}'
         self.steps.value = row('Steps', [thumb(p, f'step {k}', name(k), 'first' if k == 0 else name(k), k == at)
                                          for k, p in enumerate(pictures)], 'large') if len(pictures) > 1 else ''
