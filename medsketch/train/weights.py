@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'digest_of', 'write_weights', 'weights_file', 'file_header', 'about', 'read_weights', 'shapes_in',
-           'misfits', 'check_fit', 'take_up', 'read_run', 'start_from']
+           'misfits', 'check_fit', 'take_up', 'read_run', 'with_levels', 'start_from']
 
 # %% ../../nbs/05_train/07_weights.ipynb #6795e1ee
 import hashlib
@@ -184,6 +184,15 @@ def _averages(state):
     "The moving averages in a checkpoint"
     return {k: net for name, s in state['callbacks'].items() if name.startswith('Ema') for k, net in s['nets'].items()}
 
+def with_levels(
+    net, # a network with a block for each doubling, or any other
+    found:dict, # {tensor's name: tensor}
+) -> dict: # {tensor's name: tensor}
+    "What was found; if it is of a smaller network, with the net's own tensors for the doublings that it lacks"
+    if not hasattr(net, 'level'): return found
+    top = max(map(net.level, found), default=0)
+    return {n: t for n, t in net.state_dict().items() if net.level(n) > top} | found
+
 def start_from(
     nets:dict, # {name: module}, all networks of a recipe
     init, # a path, or {network: path}
@@ -199,5 +208,5 @@ def start_from(
     if not found:
         raise ValueError(f"{init} has no network in common with this recipe; it holds {', '.join(*files.values())}")
     mine = {k: nets[k] for k in found}
-    take_up(mine, found, init, most=8)
+    take_up(mine, {k: with_levels(nets[k], t) for k, t in found.items()}, init, most=8)
     return {k: weights_name(n) for k, n in mine.items()}
