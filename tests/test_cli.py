@@ -412,6 +412,10 @@ def test_studio_and_explorer_take_a_folder_of_images(medsketch, photos, tmp_path
     names = {}
     exec(code.replace("\nExplorer(", "\nexplorer = Explorer("), names)  # noqa: S102
     assert names["explorer"].recipe.name == "pggan" and len(names["explorer"].codes) == 8
+    code = served(monkeypatch, medsketch, f"explore {tmp_path}/eyes.safetensors")  # without images: its own samples
+    exec(code.replace("\nExplorer(", "\nexplorer = Explorer("), names)  # noqa: S102
+    assert len(names["explorer"].codes) == 200 and "sample 0" in names["explorer"].text.value
+    assert "--data is empty" in medsketch(f"explore {tmp_path}/eyes.safetensors --data=")[2]
 
 
 # ---- resume, start from other weights, score while training ----------------------------------------

@@ -27,13 +27,14 @@ def studio(recipe:str=typer.Argument('fundus', help="packaged name, file, folder
     raise typer.Exit(serve(str(find_run(recipe)), host, port, Path(need_text('--out', out)), browser, retrieve, images))
 
 def explore(run:str=typer.Argument(help="run or file of a pggan with an encoder"),
-            data:str=typer.Option(..., help="folder of real images, with masks if the encoder looks at them"),
+            data:str=typer.Option(None, help="folder of real images, with masks; its own samples if not given"),
             host:str=typer.Option('127.0.0.1', help="address to listen on; 0.0.0.0 lets other machines in"),
             port:int=typer.Option(8866, help="0 takes any free one"),
             browser:bool=typer.Option(True, help="open the page in the browser")):
     "Walk through a latent space in the browser, from one real image to another."
     from medsketch.studio.app import serve_explorer
-    raise typer.Exit(serve_explorer(str(find_run(run)), need_text('--data', data), host, port, browser))
+    raise typer.Exit(serve_explorer(str(find_run(run)), data if data is None else need_text('--data', data), host, port,
+                                    browser))
 
 # %% ../../nbs/11_cli/08_serve.ipynb #5d1e0a02
 def study(folder:str=typer.Argument(help="folder of the study"),

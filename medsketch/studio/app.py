@@ -34,12 +34,13 @@ def studio_notebook(
 
 def explorer_notebook(
     recipe:str, # whatever `medsketch.load` takes
-    data, # folder of real images, with masks if the encoder looks at them
+    data=None, # folder of real images, with masks if the encoder looks at them; None: the recipe's own samples
 ) -> dict: # the notebook, as JSON
     "A notebook of one cell: the explorer of a latent space"
     return _notebook("from medsketch.data import load_images\nfrom medsketch.pretrained import load\n"
                      f"from medsketch.studio.explorer import Explorer\nrecipe = load({str(recipe)!r})\n"
-                     f"Explorer(recipe, load_images({str(data)!r}, recipe.config['size'], "
+                     f"data = {data and str(data)!r}\n"
+                     "Explorer(recipe, data and load_images(data, recipe.config['size'], "
                      "channels=recipe.config['channels']))")
 
 def study_notebook(
@@ -90,7 +91,7 @@ def serve(
 
 def serve_explorer(
     recipe:str, # a run or file with an encoder of images, such as `pggan` with encoder_steps
-    data, # folder of real images
+    data=None, # folder of real images; None: the recipe's own samples
     host:str='127.0.0.1', # as for `serve`
     port:int=8866, # as for `serve`
     browser:bool=True, # as for `serve`
@@ -99,7 +100,7 @@ def serve_explorer(
     loaded = load(recipe, 'cpu')
     if not hasattr(loaded, 'encode'): raise ValueError(f"recipe {loaded.name} has no encoder of images: pass a pggan")
     loaded.need('E')
-    return serve_page(explorer_notebook(_anywhere(recipe), _with_images(data)), host, port, browser)
+    return serve_page(explorer_notebook(_anywhere(recipe), data and _with_images(data)), host, port, browser)
 
 def _anywhere(recipe): return str(Path(recipe).resolve()) if Path(recipe).exists() else str(recipe)
 
