@@ -26,7 +26,7 @@ def draw_packaged(
     from medsketch.data import phantom_data
     from medsketch.pretrained import load, packaged, what_is_drawn
     out = {}
-    for name in packaged():
+    for name in packaged('skrgan'):
         r = load(name)
         sketches = what_is_drawn(r, phantom_data(name, n, r.config['size'], seed))
         drawn = sketches['mask' if name == 'fundus' else 'sharp']
@@ -123,7 +123,7 @@ def _packaged(held, kind):
     import torch.nn.functional as F
     from medsketch.data import phantom_data
     from medsketch.pretrained import NO_PATIENT, PRETRAINED, load, packaged, what_is_drawn
-    if kind not in packaged() or PRETRAINED[kind].limits != NO_PATIENT: return None
+    if kind not in packaged('skrgan') or PRETRAINED[kind].limits != NO_PATIENT: return None
     r = load(kind)
     made = r.render(what_is_drawn(r, phantom_data(kind, len(held), r.config['size'], 1000))['sharp'])
     return F.interpolate(made, held.size, mode='area')

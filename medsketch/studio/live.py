@@ -21,7 +21,7 @@ import torch
 from ..core import atomic_write, png_bytes, sketch_to_uint8
 from ..data import load_images
 from ..phantoms import PHANTOMS
-from ..pretrained import find_named, find_weights, load, packaged
+from ..pretrained import ON_PAD, find_named, find_weights, load, packaged
 from ..recipes import recipe_class
 from .newest import Newest
 from .autosave import Autosave
@@ -164,7 +164,7 @@ class _Known(_Shown):
 class _Found(_Known):
     "Where weights are looked for"
     def _is_here(self, name):
-        return name in self.given or name in self.places or name in packaged() or Path(name).exists()
+        return name in self.given or name in self.places or name in packaged('skrgan') or Path(name).exists()
 
     def _picked(self, name):
         "Weights out of the menu: those on the Hub are looked for in a thread, once"
@@ -375,7 +375,7 @@ class LiveRender(_Words):
         self.worker = Newest(self._work, self._show, self.say, self._slow)
         super().__init__()
         self.add_class('medsketch-pad')
-        self._models([first, *map(str, packaged(None) if models is None else models)])
+        self._models([first, *map(str, packaged(*ON_PAD) if models is None else models)])
         self._parts()
         self._new_pad()
         self.use(first)

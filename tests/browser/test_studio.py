@@ -188,7 +188,7 @@ def test_a_finger_draws_and_two_fingers_do_not(studio):
 
 
 def test_another_renderer_draws_the_same_sketch(studio):
-    others = [n for n in packaged() if n != "fundus"]
+    others = [n for n in packaged('skrgan') if n != "fundus"]
     studio.draw(*VEE)
     first = studio.settled()
     for name in others:
