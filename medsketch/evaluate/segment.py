@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import nn
 
 from ..core import PALETTE, atomic_write, check_size, default_device, from_uint8, keep_memory
 from ..core import to_uint8, torch_rng, weights_name
@@ -36,8 +35,7 @@ def vessel_channel(
     tiles:int=8, # CLAHE: tiles along a side, each with a histogram of its own
     gamma:float=1.2, # above 1 lifts the dark parts
 ) -> np.ndarray: # (N, 1, H, W) uint8
-    """The green channel with even contrast: where vessels stand out most.
-    Raises `ValueError` for other numbers of channels"""
+    "The green channel with even contrast: vessels stand out most. Raises `ValueError` for other numbers of channels"
     n, channels, *sides = images.shape
     if channels not in (1, 3):
         raise ValueError(f"the patch version takes RGB or grey images, these have {channels} channels")
@@ -80,10 +78,9 @@ def segmentation_unet(
     channels:int, # of the images
     classes:int, # background included
     width:int=16, # channels at full size, doubled at each of three halvings
-) -> nn.Module: # (N, channels, H, W) -> (N, classes, H, W) logits, sides divisible by 8
+) -> torch.nn.Module: # (N, channels, H, W) -> (N, classes, H, W) logits, sides divisible by 8
     "MONAI's U-Net, with a level at full size"
-    from monai.networks.nets import UNet  # slow to import, as all of MONAI
-
+    from monai.networks.nets import UNet # slow to import, as all of MONAI
     return UNet(2, channels, classes, [width * m for m in (1, 2, 4, 8, 8)], (1, 2, 2, 2), num_res_units=0, act='RELU',
                 norm='BATCH')
 
@@ -98,10 +95,8 @@ class PolyDecay(Callback):
 class SegmentationLoss:
     "Soft Dice of the foreground over the whole batch, plus cross-entropy"
     def __init__(self):
-        from monai.losses import DiceCELoss  # slow to import
-
+        from monai.losses import DiceCELoss # slow to import
         self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
-
     def __call__(self, nets, batch): return self.loss(nets.S(batch['image']).float(), batch['mask'][:, None])
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #12d8d3b9
@@ -171,7 +166,7 @@ class _Predicts:
                ) -> torch.Tensor: # (N, classes, H, W) float32 probabilities, on the CPU
         "How likely each pixel belongs to each class. Raises `ValueError` for images the network was not made for"
         patch, found, channel = self.config['patch'], [], CHANNELS[self.config.get('channel', 'green')]
-        if patch: from monai.inferers import sliding_window_inference  # slow to import
+        if patch: from monai.inferers import sliding_window_inference # slow to import
         ask = lambda x: self.net(x.contiguous(memory_format=torch.channels_last)).float().softmax(1)
         for x in image_batches(images, chunk):
             _check_images(self, x.shape, 'images')
