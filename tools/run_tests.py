@@ -41,7 +41,8 @@ def commands(options: list) -> list:
 
 def run(command: list) -> tuple:
     "Its exit status, and a text: which part it was, the seconds that it took, all it said"
-    start, one_thread = time.monotonic(), os.environ | {"OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # a second one never waits busily
     said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, check=False, cwd=root, env=one_thread, **said)
     of = " ".join(str(Path(c).relative_to(root)) for c in command[1:] if c.startswith(f"{root}{os.sep}"))
