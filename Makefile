@@ -27,11 +27,9 @@ $(VENV)/.dev: $(VENV)/.core
 demo: $(VENV)/.core
 	$(BIN)/medsketch demo --out $(OUT)
 
-# Two notebooks at a time, then two halves of the tests, one thread each: more threads than cores makes both of them crawl.
 test: $(VENV)/.dev
 	$(ON_PATH) $(BIN)/python tools/check_notebooks.py
 	$(BIN)/ruff check .
-	$(ON_PATH) OMP_NUM_THREADS=1 MEDSKETCH_SCALE=tour $(BIN)/nbdev_test --n_workers 2 --timing
 	$(ON_PATH) MEDSKETCH_SCALE=tour $(BIN)/python tools/run_tests.py
 
 readme: $(VENV)/.dev

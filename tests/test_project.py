@@ -163,10 +163,23 @@ def test_the_sidebar_takes_new_pages_into_their_section(tmp_path):
         sidebar.contents(tmp_path / "nbs")
 
 
-def test_every_test_file_is_run_by_one_of_two_processes():
-    one, two = run_tests.halves(ROOT / "tests")
-    files = {str(p) for p in (ROOT / "tests").glob("test_*.py")} | {str(ROOT / "tests/browser")}
-    assert not set(one) & set(two) and set(one) | set(two) == files
+def test_every_page_and_every_test_file_is_run_once():
+    files = [name for part in run_tests.tests(ROOT / "tests") for name in part]
+    assert sorted(files) == sorted(map(str, [*(ROOT / "tests").glob("test_*.py"), ROOT / "tests/browser"]))
+    folders = run_tests.pages(ROOT / "nbs")
+    assert {str(p.parent) for p in NOTEBOOKS} == set(folders)
+    assert [p for p in folders if folders[p]] == [str(ROOT / "nbs")]  # the topmost holds the others
+
+
+def test_a_part_that_fails_is_said(monkeypatch, capsys):
+    parts = [[sys.executable, "-c", f"print('part {i}'); raise SystemExit({i})", str(ROOT / "nbs")] for i in range(3)]
+    for found, wanted in ((parts, 1), (parts[:1], 0)):
+        monkeypatch.setattr(run_tests, "commands", lambda options, found=found: found)
+        with pytest.raises(SystemExit) as end:
+            run_tests.main()
+        out = capsys.readouterr().out
+        assert end.value.code == wanted
+        assert all(f"part {i}" in out and f"exit status {i}" in out for i in range(len(found))), out
 
 
 def fake_project(tmp_path, monkeypatch, module, source):

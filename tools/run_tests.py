@@ -1,43 +1,67 @@
-"""pytest in two processes, one for each core that a small machine has: `python tools/run_tests.py [pytest's options]`.
+"""All pages and all tests, two processes at a time: `python tools/run_tests.py [pytest's options]`.
 
-Tests keep to one thread, so a single process leaves the second core idle. Files are shared out by their size; those of
-the browser stay together, since they share a server.
+A small machine has two cores, and pages and tests keep to one thread: more threads than cores makes both of them crawl.
+Whichever process is done takes the next part, the largest ones first, so that neither core waits for the other.
 """
+import os
 import subprocess
 import sys
-import tempfile
-from contextlib import ExitStack
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
+PARTS = 10  # of the test files: more cost more imports, fewer leave a core idle at the end
 
 
-def halves(tests: Path) -> list:
-    "Two lists of test files (or folders) of about the same size in bytes"
-    folders = [p for p in tests.iterdir() if any(p.glob("test_*.py"))]
-    parts = [(p.stat().st_size, p) for p in tests.glob("test_*.py")]
-    parts += [(sum(f.stat().st_size for f in p.glob("test_*.py")), p) for p in folders]
-    out = [[0, []], [0, []]]
-    for size, path in sorted(parts, reverse=True):
-        half = min(out, key=lambda x: x[0])
-        half[0] += size
-        half[1].append(str(path))
-    return [files for _, files in out if files]
+def pages(nbs: Path) -> dict:
+    "Folders of notebooks and nbdev_test's options for each: of the topmost its own pages only"
+    folders = [p for p in sorted(nbs.iterdir()) if p.name[0] not in "._" and any(p.glob("*.ipynb"))]
+    return {str(p): [] for p in folders} | {str(nbs): ["--skip_folder_re", "."]}
+
+
+def tests(folder: Path) -> list:
+    "Lists of test files, about equal in bytes; folders go first and stay whole: the browser's share a server"
+    out = [[0, []] for _ in range(PARTS)]
+    for path in sorted(folder.glob("test_*.py"), key=lambda p: p.stat().st_size, reverse=True):
+        part = min(out, key=lambda x: x[0])
+        part[0] += path.stat().st_size
+        part[1].append(str(path))
+    folders = [[str(p)] for p in folder.iterdir() if any(p.glob("test_*.py"))]
+    return folders + [files for _, files in out if files]
+
+
+def commands(options: list) -> list:
+    "What is run, each in a process of its own"
+    tool = str(Path(sys.executable).parent / "nbdev_test")
+    out = [[tool, "--path", p, "--n_workers", "0", "--timing", *more] for p, more in pages(root / "nbs").items()]
+    pytest = [sys.executable, "-m", "pytest", *options]
+    return out + [[*pytest, "-o", f"cache_dir=.pytest_cache/{i}", *p] for i, p in enumerate(tests(root / "tests"))]
+
+
+def run(command: list) -> tuple:
+    "Its exit status, and a text: which part it was, the seconds that it took, all it said"
+    start = time.monotonic()
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # a second one never waits busily
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, check=False, cwd=root, env=one_thread, **said)
+    of = " ".join(str(Path(c).relative_to(root)) for c in command[1:] if c.startswith(f"{root}{os.sep}"))
+    return done.returncode, f"== {of}: {time.monotonic() - start:.0f} s, exit status {done.returncode}\n{done.stdout}"
 
 
 def main():
-    "Run both, then show what each said; the exit status is 1 if any failed"
-    with ExitStack() as open_files:
-        running = []
-        for i, files in enumerate(halves(root / "tests")):
-            log = open_files.enter_context(tempfile.TemporaryFile("w+"))
-            command = [sys.executable, "-m", "pytest", "-o", f"cache_dir=.pytest_cache/{i}", *sys.argv[1:], *files]
-            running.append((subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT), log))
-        status = 0
-        for process, log in running:
-            status |= process.wait() != 0
-            log.seek(0)
-            print(log.read(), flush=True)
+    "Show what each part said as soon as it is done; the exit status is 1 if any failed"
+    status = 0
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(run, c) for c in commands(sys.argv[1:])]
+        try:
+            for job in as_completed(jobs):
+                failed, said = job.result()
+                status |= failed != 0
+                print(said, flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     sys.exit(status)
 
 

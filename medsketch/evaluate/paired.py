@@ -7,8 +7,6 @@ __all__ = ['SEGMENTATION_SCORES', 'segmentation_scores', 'class_scores', 'Absent
 
 # %% ../../nbs/07_evaluate/04_paired.ipynb #a5b25e2a
 import torch
-from monai.metrics import compute_dice, compute_iou
-from torchmetrics.functional.classification import binary_auroc, binary_stat_scores
 
 from ..core import default_device
 from .metrics import check_pair
@@ -40,6 +38,8 @@ def _check_segmentation(prob, mask, field):
 
 def _score_pixels(p, t, threshold):
     "All scores of one run of pixels"
+    from torchmetrics.functional.classification import binary_auroc, binary_stat_scores  # slow to import
+
     tp, fp, tn, fn, _ = binary_stat_scores(p, t, threshold=threshold, validate_args=False).double()
     ratio = lambda a, b, empty=float('nan'): (a / b).item() if b else empty
     dice = ratio(2 * tp, 2 * tp + fp + fn, 1.)
@@ -69,6 +69,8 @@ def class_scores(
     classes:int, # how many classes there are, background included
 ) -> dict: # 'dice' and 'iou': (N, classes) float64; NaN where a class is in neither
     "Dice and IoU of every class in every image. Raises `ValueError`"
+    from monai.metrics import compute_dice, compute_iou  # slow to import, and needed here only
+
     pred, mask = torch.as_tensor(pred), torch.as_tensor(mask)
     for name, m in (('pred', pred), ('mask', mask)):
         if m.is_floating_point():

@@ -15,9 +15,6 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
-from monai.losses import DiceCELoss
-from monai.networks.nets import UNet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
@@ -38,8 +35,7 @@ def vessel_channel(
     tiles:int=8, # CLAHE: tiles along a side, each with a histogram of its own
     gamma:float=1.2, # above 1 lifts the dark parts
 ) -> np.ndarray: # (N, 1, H, W) uint8
-    """The green channel with even contrast: where vessels stand out most.
-    Raises `ValueError` for other numbers of channels"""
+    "The green channel with even contrast: vessels stand out most. Raises `ValueError` for other numbers of channels"
     n, channels, *sides = images.shape
     if channels not in (1, 3):
         raise ValueError(f"the patch version takes RGB or grey images, these have {channels} channels")
@@ -82,8 +78,9 @@ def segmentation_unet(
     channels:int, # of the images
     classes:int, # background included
     width:int=16, # channels at full size, doubled at each of three halvings
-) -> UNet: # (N, channels, H, W) -> (N, classes, H, W) logits, sides divisible by 8
+) -> torch.nn.Module: # (N, channels, H, W) -> (N, classes, H, W) logits, sides divisible by 8
     "MONAI's U-Net, with a level at full size"
+    from monai.networks.nets import UNet # slow to import, as all of MONAI
     return UNet(2, channels, classes, [width * m for m in (1, 2, 4, 8, 8)], (1, 2, 2, 2), num_res_units=0, act='RELU',
                 norm='BATCH')
 
@@ -97,7 +94,9 @@ class PolyDecay(Callback):
 
 class SegmentationLoss:
     "Soft Dice of the foreground over the whole batch, plus cross-entropy"
-    def __init__(self): self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    def __init__(self):
+        from monai.losses import DiceCELoss # slow to import
+        self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
     def __call__(self, nets, batch): return self.loss(nets.S(batch['image']).float(), batch['mask'][:, None])
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #12d8d3b9
@@ -167,6 +166,7 @@ class _Predicts:
                ) -> torch.Tensor: # (N, classes, H, W) float32 probabilities, on the CPU
         "How likely each pixel belongs to each class. Raises `ValueError` for images the network was not made for"
         patch, found, channel = self.config['patch'], [], CHANNELS[self.config.get('channel', 'green')]
+        if patch: from monai.inferers import sliding_window_inference # slow to import
         ask = lambda x: self.net(x.contiguous(memory_format=torch.channels_last)).float().softmax(1)
         for x in image_batches(images, chunk):
             _check_images(self, x.shape, 'images')

@@ -7,7 +7,6 @@ __all__ = ['RESNETS', 'stages_of', 'Backbone', 'load_backbone']
 
 # %% ../../nbs/04_models/10_resnet.ipynb #de5078a1
 import torch
-from monai.networks.nets.resnet import ResNet
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,6 +32,8 @@ class Backbone(nn.Module):
         stem:int=2, # stride of the first convolution; 1 for small images
         norm:str='group', # or 'batch', as downloaded weights have it
     ):
+        from monai.networks.nets.resnet import ResNet  # slow to import, and needed here only
+
         super().__init__()
         if depth not in RESNETS:
             raise ValueError(f"there is no ResNet-{depth} here; use {', '.join(map(str, RESNETS))}")

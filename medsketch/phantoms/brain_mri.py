@@ -9,7 +9,7 @@ __all__ = ['MR_TABLE', 'push', 'brain_sulci', 'brain_deep', 'tumour_outlines', '
 import cv2
 import numpy as np
 
-from .drawing import Tree, blob, blur, branch, clouds, curve, fill, over, stroke, walk
+from .drawing import Tree, blob, blur, branch, clouds, curve, fill, over, stroke, tint, walk
 
 # %% ../../nbs/01_phantoms/04_brain_mri.ipynb #502ca88b
 def push(
@@ -147,7 +147,7 @@ def _paint_tumour(rng, n, mass, cover, image, mask):
     free = tissue * (1 - ventricle) * (.45 + .55*white) # oedema spreads along white matter
     for k, name, soft in ((5, 'oedema', .006), (6, 'enhancing', .003), (7, 'necrosis', .003)):
         c = fill(n, mass[name]) * (free if k == 5 else brain)
-        over(image, blur(c, soft), MR_TABLE[name] * (1 + .08*clouds(rng, n, 16)[..., None] * (k > 5)))
+        over(image, blur(c, soft), tint(MR_TABLE[name], 1 + .08*clouds(rng, n, 16) * (k > 5)))
         mask[(c > .5) & (brain > .5)] = k
 
 # %% ../../nbs/01_phantoms/04_brain_mri.ipynb #f8532721

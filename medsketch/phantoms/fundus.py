@@ -8,7 +8,7 @@ __all__ = ['fundus_anatomy', 'fundus_vessels', 'fundus_background', 'draw_fundus
 # %% ../../nbs/01_phantoms/01_fundus.ipynb #0a12f17b
 import numpy as np
 
-from .drawing import Tree, blob, blur, branch, clouds, curve, fill, over, prune, stroke, walk
+from .drawing import Tree, blob, blur, branch, clouds, curve, fill, over, prune, stroke, tint, walk
 
 # %% ../../nbs/01_phantoms/01_fundus.ipynb #82d74c93
 # Trunks from the disc (0, 0), in units of the distance to the fovea at (1, 0), s upwards
@@ -62,14 +62,14 @@ def fundus_background(
     light = np.float32(rng.uniform(.85, 1.1)) * np.exp(-away(lamp) * np.float32(rng.uniform(1.2, 2.6)))
     light *= 1 + .035*clouds(rng, n, 6) + .02*clouds(rng, n, 24)
     colour = np.array([.86, .36, .12]) * rng.uniform([.92, .8, .6], [1.05, 1.15, 1.5])
-    image = light[..., None] * colour.astype(np.float32)
+    image = tint(colour.astype(np.float32), light)
     mottle = .045*clouds(rng, n, 10) + .03*clouds(rng, n, 32) + .03*clouds(rng, n, 90)
-    image *= 1 + mottle[..., None] * np.array([.5, 1.3, 1.], np.float32)
+    image *= 1 + tint(np.float32([.5, 1.3, 1.]), mottle)
     u = np.float32(eye['unit'])
     fovea = np.exp(-away(eye['fovea']) / (.16*u)**2) * .3 + np.exp(-away(eye['fovea']) / (.42*u)**2) * .22
-    image *= 1 - fovea[..., None] * np.array([.75, 1., .9], np.float32)
-    fibres = np.exp(-away(eye['disc']) / (.38*u)**2)[..., None]
-    image *= 1 + .25 * fibres * np.array([.3, 1., .8], np.float32)
+    image *= 1 - tint(np.float32([.75, 1., .9]), fovea)
+    fibres = np.exp(-away(eye['disc']) / (.38*u)**2)
+    image *= 1 + tint(np.float32([.3, 1., .8]), .25 * fibres)
     r, shape = eye['radius'], np.array([.92, 1.08])
     rim = blur(fill(n, blob(rng, eye['disc'], r * shape, .03)), .004)
     cup = blob(rng, eye['disc'] + [eye['side']*.1*r, 0], r * shape * rng.uniform(.35, .6), .08)
@@ -89,11 +89,12 @@ def draw_fundus(
     veins, arteries = (stroke(n, tree.points[s], tree.width[s]) for s in (vein, ~vein))
     reflex = stroke(n, tree.points[~vein & (tree.order == 0)], tree.width[~vein & (tree.order == 0)] * .3)
     field = fill(n, blob(rng, eye['field'], rng.uniform(.465, .49), 0, 64))
-    image *= 1 - blur(arteries, .0015)[..., None] * np.array([.22, .52, .5], np.float32)
-    image *= 1 - blur(veins, .0015)[..., None] * np.array([.36, .66, .55], np.float32)
+    image *= 1 - tint(np.float32([.22, .52, .5]), blur(arteries, .0015))
+    image *= 1 - tint(np.float32([.36, .66, .55]), blur(veins, .0015))
     image *= 1 + .22 * reflex[..., None]
     image *= (field * (.35 + .65*np.clip(blur(field, .035)*2 - 1, 0, 1)**.5))[..., None]
-    image += (.013 * field)[..., None] * rng.standard_normal((n, n, 3), np.float32)
+    noise = rng.standard_normal((n, n, 3), np.float32)
+    for k in range(3): image[..., k] += .013 * field * noise[..., k]
     macula = fill(n, blob(rng, eye['fovea'], .28*eye['unit'], 0))
     disc = fill(n, blob(rng, eye['disc'], eye['radius'] * np.array([.92, 1.08]), 0))
     vessel = np.maximum(veins, arteries)

@@ -132,7 +132,7 @@ def paint_pharynx(
 ) -> np.ndarray: # (n, n, 3) float32 in [0, 1]
     "Colours of the tissue, without light"
     wide, fine = clouds(rng, n, 7), clouds(rng, n, 18)
-    stain = np.stack([.5*wide, wide + .5*fine, wide - .3*fine], -1)
+    stain = np.moveaxis(np.stack([.5*wide, wide + .5*fine, wide - .3*fine]), 0, -1)
     tint = lambda name, by: np.asarray(COLOUR[name], np.float32) * (1 + np.float32(by) * stain)
     x, y = np.meshgrid(*[(np.arange(n, dtype=np.float32) + .5) / n] * 2)
     image = tint('palate', .05)

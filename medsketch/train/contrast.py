@@ -10,7 +10,6 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.resnet import ResNet
 from torch import nn
 
 from .trainer import Callback
@@ -69,6 +68,8 @@ class MocoEncoder(nn.Module):
                  width:float=1., # times the usual 64 ... 512 channels
                  dim:int=128, # of the projection
                 ):
+        from monai.networks.nets.resnet import ResNet  # slow to import, and needed here only
+
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"there is no ResNet-{depth} here; use {' or '.join(map(str, DEPTHS))}")
