@@ -17,6 +17,7 @@ from medsketch.data import (
     as_image_data,
     contact_sheet,
     files,
+    join,
     load_images,
     phantom_data,
     summarise,
@@ -582,6 +583,76 @@ def test_a_mask_for_each_side_and_a_mask_for_each_object(tmp_path):
         assert [p.split('/')[-1] for p in load_images(tmp_path / 'two', S).paths] == ['c1.png']
 
 
+def cell(y, x, r):
+    return np.uint8((YY - y) ** 2 + (XX - x) ** 2 < r**2) * 255
+
+
+CELLS = [cell(14, 10, 9), cell(14, 18, 5), cell(28, 28, 2), BLANK]  # two overlap, and one file is empty
+
+
+@pytest.mark.parametrize('cache', ['memory', 'disk'])
+def test_a_file_for_each_cell_gives_instances(tmp_path, cache):
+    "DSB 2018: one mask, and a number for each file; where two overlap, the smaller lies on top"
+    for i in range(2):
+        put(tmp_path / f'd/c{i}/images/c{i}.png')
+        for k, a in enumerate(CELLS):
+            put(tmp_path / f'd/c{i}/masks/{k}ab{i}.png', np.roll(a, i, 0))
+    for masks in (None, None, True, 'instances'):  # twice, the second time out of the cache
+        ds = load(tmp_path / 'd', masks=masks, cache=cache)
+        for i, ids in enumerate(ds.planes['instances']):
+            large, small, alone, _ = (np.roll(a, i, 0) > 0 for a in CELLS)
+            assert (ids == np.where(small, 2, np.where(large, 1, np.where(alone, 3, 0)))).all()
+        assert ds.kinds['instances'] == 'instances' and (masks == 'instances') == (ds.masks is None)
+        assert masks == 'instances' or ((ds.masks > 0) == (ds.planes['instances'] > 0)).all()
+    assert 'instances' not in load(tmp_path / 'd', masks=False).planes
+    sheet = contact_sheet(load(tmp_path / 'd'))
+    assert (sheet != contact_sheet(load(tmp_path / 'd').with_planes(instances=None))).any()
+
+
+def test_instances_of_several_masks_beside_an_image(tmp_path):
+    "Each file an object; asked for only, for endings such as `_1` do not say that they are objects"
+    put(tmp_path / 'a.png'), put(tmp_path / 'b.png')
+    put(tmp_path / 'a_mask.png', CELLS[0] // 255 * 7)
+    put(tmp_path / 'a_mask_1.png', CELLS[2] // 255 * 7)
+    put(tmp_path / 'b_mask.png', CELLS[0] // 255 * 7 + CELLS[2] // 255 * 9)
+    a, b = load(tmp_path, masks='instances').planes['instances']
+    assert set(np.unique(a)) == {0, 1, 2} and set(np.unique(b)) == {0, 7, 9}  # numbered; as they stand in one file
+    assert set(load(tmp_path).planes) == {'image', 'mask'}
+
+
+def test_instances_of_a_set_that_is_joined_with_another(tmp_path):
+    put(tmp_path / 'd/c/images/c.png'), put(tmp_path / 'd/c/masks/x1.png', CELLS[0])
+    put(tmp_path / 'e/images/c.png'), put(tmp_path / 'e/masks/c.png', CELLS[1])
+    cells, other = load(tmp_path / 'd'), load(tmp_path / 'e')
+    assert 'instances' in join(cells, cells).planes and set(join(cells, other).planes) == {'image', 'mask'}
+    assert set(join(other, cells).planes) == {'image', 'mask'}
+
+
+def test_masks_of_one_image_are_read_one_after_the_other(tmp_path, monkeypatch):
+    "A picture with a thousand cells does not need a thousand masks in memory"
+    import gc
+
+    from medsketch.data import masks
+
+    class Mask(np.ndarray):
+        alive = 0
+
+        def __del__(self):
+            Mask.alive -= 1
+
+    def one(path, axis):
+        Mask.alive += 1
+        seen.append(Mask.alive)
+        return [np.full((4, 4), int(path), np.int32).view(Mask)]
+
+    for read in (masks.read_masks, masks.read_objects):
+        seen = []
+        monkeypatch.setattr(masks, 'read_mask', one)
+        read([str(k) for k in range(20)])
+        gc.collect()
+        assert max(seen) < 10
+
+
 def test_a_folder_beside_masks_holds_the_images_only_if_none_lie_above(tmp_path):
     for i in range(3):
         for folder, pixels in {'.': None, 'masks': FORE, 'preview': None}.items():
@@ -589,6 +660,69 @@ def test_a_folder_beside_masks_holds_the_images_only_if_none_lie_above(tmp_path)
     with pytest.warns(UserWarning, match='it has no mask'):
         found = load_images(tmp_path, S).paths
     assert sorted(found) == [str(tmp_path / f'c{i}.png') for i in range(3)]
+
+
+STRANGERS = {  # (images, masks) that have only digits or a piece of a checksum in common
+    'a checksum': ('c0 c1', '0abc'),
+    'checksums': ('c0 c1 c2', '0abc 1def 2fed'),
+    'a piece of a checksum': ('1b2c-4d 77aa-01', '1b2c5e 77aa02'),
+    'a number and a word': ('c0 c1', '0-abc'),
+    'a date': ('20200101_p1 20200102_p2', '20200101_p7'),
+    'dates': ('ann-2020-01-02 bob-2020-01-03', '2020-01-02-bob 2020-01-03-eve'),
+    'patient 1 and 10': ('patient1 patient2', 'patient10'),
+    'patients of one day': ('ann_20200102 bob_20200102', '20200102'),
+    'other letters': ('甲1 乙2', '丙1 丁2'),
+    'padded with zeros': ('case1 case11', 'case01 case011'),
+}
+
+
+@pytest.mark.parametrize('case', STRANGERS)
+@pytest.mark.parametrize('place', ['images/{}.png masks/{}.png', '{}.png {}_mask.png'])
+def test_masks_are_never_paired_by_a_number_alone(tmp_path, case, place):
+    names = [n.split() for n in STRANGERS[case]]
+    image, mask = place.split()
+    for name in names[0]:
+        put(tmp_path / image.format(name))
+    for name in names[1]:
+        put(tmp_path / mask.format(name), FORE)
+    with pytest.warns(UserWarning, match='looks like a mask'):
+        ds = load_images(tmp_path, S)
+    assert ds.masks is None and len(ds) == len(names[0]) and len(ds.skipped) == len(names[1])
+
+
+FRIENDS = {
+    'a word in front': ('img_{}', '{}'),
+    'another word in front': ('scan-{}', '{}'),
+    'two words in front': ('ct_{}', 'roi_{}'),
+    'glued words': ('im{}', 'roi{}'),
+    'a word behind': ('{}', '{}_tumour'),
+    'in front and behind': ('eye {}', '{}-vessels'),
+    'letters with accents': ('Übung{}', 'U\u0308bung{}'),
+    'other letters': ('影像{}', '掩膜{}'),
+}
+
+
+@pytest.mark.parametrize('case', FRIENDS)
+@pytest.mark.parametrize('place', ['images/{}.png masks/{}.png', 'frames/{}.png rois/{}.png'])
+@pytest.mark.parametrize('numbers', ['001 002', '1 10 11', '2020-01-02 2020-01-03'])
+def test_masks_are_paired_by_a_number_and_words_that_all_have(tmp_path, case, place, numbers):
+    image, mask = (p.format(n) for p, n in zip(place.split(), FRIENDS[case]))
+    for k, n in enumerate(numbers.split()):
+        put(tmp_path / image.format(n))
+        put(tmp_path / mask.format(n), np.roll(FORE, k, 1))
+    ds = load(tmp_path)
+    assert all(((m > 0) == np.roll(DISC, k, 1)).all() for k, m in enumerate(ds.masks)) and len(ds) == k + 1
+
+
+@pytest.mark.parametrize('pair', ['images/img_001 masks/001_mask', 'img_001 001_mask', 'im-1 1_seg', '7 7_tumour'])
+def test_a_lone_pair(tmp_path, pair):
+    image, mask = pair.split()
+    put(tmp_path / f'{image}.png'), put(tmp_path / f'{mask}.png', FORE)
+    if pair.startswith('im-'):
+        with pytest.warns(UserWarning, match='looks like a mask'):
+            assert load_images(tmp_path, S).masks is None
+    else:
+        assert load(tmp_path).masks.any()
 
 
 @pytest.mark.parametrize('layout', WORDLESS)

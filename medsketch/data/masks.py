@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LABELS_BELOW', 'RINGING', 'MOST_PLATEAUS', 'NOISE', 'whole_labels', 'ramp_values', 'harden', 'picture_mask',
-           'read_mask', 'read_masks']
+           'read_mask', 'read_masks', 'read_objects']
 
 # %% ../../nbs/02_data/03_masks.ipynb #0c78830f
+from functools import reduce
 from pathlib import Path
 
 import cv2
@@ -143,13 +144,34 @@ def read_mask(
     v = whole_labels(v[..., 0])
     return [square_voxels(s, voxel, cv2.INTER_NEAREST) for s in v]
 
+def _each(paths, axis):
+    "Masks of one image, one after the other. Raises `ValueError` if their sizes differ"
+    first = None
+    for p in paths:
+        mask = read_mask(p, axis)
+        first = first or [s.shape for s in mask]
+        if [s.shape for s in mask] != first: raise ValueError('its masks have different sizes')
+        yield mask
+
 def read_masks(
     paths, # masks of one image, e.g. one file for each lesion
     axis:int=2, # slices of a volume along this axis
 ) -> list: # of (H, W) int32 labels
     "Several masks of one image as one. Raises `ValueError` if their sizes differ"
-    first, *more = (read_mask(p, axis) for p in paths)
-    for other in more:
-        if [s.shape for s in other] != [s.shape for s in first]: raise ValueError('its masks have different sizes')
-        first = [np.maximum(a, b) for a, b in zip(first, other)]
-    return first
+    return reduce(lambda a, b: [*map(np.maximum, a, b)], _each(paths, axis))
+
+def read_objects(
+    paths, # masks of one image, one file for each object
+    axis:int=2, # slices of a volume along this axis
+) -> tuple: # two lists of (H, W) int32: labels; ids, 0 = none and 1, 2 … for objects in the order of their files
+    "Every label of every file as an object of its own; where two overlap, the smaller lies on top"
+    labels, ids, n = 0, None, 0
+    for mask in map(np.stack, _each(paths, axis)):
+        labels = np.maximum(labels, mask)
+        if ids is None: ids, sizes = np.zeros((2, mask.size), np.int32)
+        at = np.flatnonzero(mask)
+        own, which, count = np.unique(mask.ravel()[at], return_inverse=True, return_counts=True)
+        on = (sizes[at] == 0) | (count[which] < sizes[at])
+        ids[at[on]], sizes[at[on]] = which[on] + n + 1, count[which][on]
+        n += len(own)
+    return [*labels], [*ids.reshape(labels.shape)]
