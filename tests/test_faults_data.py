@@ -141,6 +141,25 @@ def test_enhanced_files_read_like_their_classic_twins(tmp_path, where, what):
     assert len(got) == 3 and all((g == t).all() for g, t in zip(got, twins))
 
 
+def test_an_empty_or_half_group_of_a_frame_leaves_the_shared_one(tmp_path):
+    shared = item(FrameVOILUTSequence={'WindowCenter': 100, 'WindowWidth': 200})
+    slopes = item(PixelValueTransformationSequence={'RescaleSlope': 2, 'RescaleIntercept': 0})
+    each = [
+        item(FrameVOILUTSequence={}),
+        item(FrameVOILUTSequence={'WindowCenter': 7}),
+        item(PixelValueTransformationSequence={}, FrameVOILUTSequence={'WindowCenter': 50, 'WindowWidth': 100}),
+    ]
+    shared.PixelValueTransformationSequence = slopes.PixelValueTransformationSequence
+    kw = {
+        'SharedFunctionalGroupsSequence': pydicom.sequence.Sequence([shared]),
+        'PerFrameFunctionalGroupsSequence': pydicom.sequence.Sequence(each),
+    }
+    got = read_dicom(dicom(tmp_path / 'e.dcm', np.stack(SLICES), **kw))
+    for i, (a, centre) in enumerate(zip(SLICES, (100, 100, 50))):
+        twin = dicom(tmp_path / 'c.dcm', a, RescaleSlope=2, WindowCenter=centre, WindowWidth=2 * centre)
+        assert (got[i] == read_dicom(twin)[0]).all()
+
+
 @pytest.mark.parametrize('normal', ['axial', 'sagittal'])
 def test_frames_come_in_the_order_of_their_positions(tmp_path, normal):
     plane = {'axial': [1, 0, 0, 0, 1, 0], 'sagittal': [0, 1, 0, 0, 0, 1]}[normal]
@@ -326,6 +345,15 @@ def test_contrasts_are_contrasts(tmp_path, contrasts, size):
     assert image_to_square(np.zeros((48, 40, contrasts), np.uint8), size).shape == (size, size, contrasts)
 
 
+def test_a_matrix_that_is_no_number_leaves_the_volume_as_it_is_stored(tmp_path):
+    v = RNG.random((S, S, 4)).astype(np.float32)
+    path = nifti(tmp_path / 'a.nii', v)
+    want, data = read_nifti(path), bytearray(path.read_bytes())
+    data[280:328] = np.full(12, np.nan, '<f4').tobytes()  # the sform
+    path.write_bytes(data)
+    assert all((a == b).all() for a, b in zip(read_nifti(path), want))
+
+
 @pytest.mark.parametrize('shape', [(S, S), (S, S, 1), (S, S, 3, 1), (S, S, 3, 1, 2)])
 def test_dimensions_of_length_one(tmp_path, shape):
     got = read_nifti(nifti(tmp_path / 'a.nii', RNG.random(shape).astype(np.float32)))
@@ -454,6 +482,60 @@ def test_image_and_mask_turn_together(tmp_path, tag):
     put(tmp_path / 'masks/0.png', FORE, exif=exif)
     ds = load(tmp_path)
     assert ds.images[0, 0][ds.masks[0] > 0].min() == 200 and ((ds.masks[0] > 0) != DISC).any()
+
+
+RED, BACK = (np.dstack([FORE, BLANK, BLANK]), np.dstack([255 - FORE] * 3))
+OVERLAYS = {
+    'half transparent': np.dstack([RED, FORE // 2]),
+    'nearly transparent': np.dstack([RED, FORE // 5]),
+    'all of it half transparent': np.dstack([RED, BLANK + 100]),
+    'black on transparent white': np.dstack([BACK, FORE]),
+}
+
+
+@pytest.mark.parametrize('case', OVERLAYS)
+def test_overlays_with_transparency(tmp_path, case):
+    assert ((read_mask(put(tmp_path / 'a.png', OVERLAYS[case]))[0] > 0) == DISC).all()
+
+
+def test_a_palette_with_transparency(tmp_path):
+    im = Image.fromarray(np.uint8(DISC), 'P')
+    im.putpalette([255, 255, 255, 0, 0, 0])  # a black object on transparent white
+    im.save(tmp_path / 'a.png', transparency=0)
+    assert ((read_mask(tmp_path / 'a.png')[0] > 0) == DISC).all()
+
+
+BELOW_ZERO = {
+    'whole': DISC * np.int32(3) - 1,
+    'float': DISC * np.float32(2) - 1,
+    'ignored': np.where(YY < 4, -1, DISC).astype(np.int32),
+}
+
+
+@pytest.mark.parametrize('case', BELOW_ZERO)
+def test_what_is_below_zero_is_background(tmp_path, case):
+    put(tmp_path / 'images/a.png')
+    put(tmp_path / 'masks/a.tif', BELOW_ZERO[case])
+    ds = load(tmp_path)
+    assert ds.classes == ('background', 'foreground') and ((ds.masks[0] > 0) == DISC).all()
+
+
+def test_a_class_number_in_one_channel_is_seen(tmp_path):
+    assert ((read_mask(put(tmp_path / 'a.png', RED // 255))[0] > 0) == DISC).all()
+
+
+@pytest.mark.parametrize(
+    'name, pixels, says',
+    [
+        ('a.jpg', FORE // 255 * 2, 'a JPEG mask of brightness'),
+        ('a.tif', np.full((S, S), 0.5, np.float32), 'a mask that is 0.5 everywhere'),
+    ],
+)
+def test_a_mask_is_never_empty_without_a_word(tmp_path, name, pixels, says):
+    kw = {'quality': 100} if name == 'a.jpg' else {}
+    with pytest.raises(ValueError, match=says):
+        read_mask(put(tmp_path / name, pixels, **kw))
+    assert not read_mask(put(tmp_path / name, pixels * 0, **kw))[0].any()
 
 
 BAD_MASKS = {
@@ -858,6 +940,48 @@ def test_nnunet_channels_and_labels(tmp_path):
     for i in range(3):
         put(tmp_path / f'plain/scan_{i:04}.png')
     assert load(tmp_path / 'plain').channels == 1 and len(load(tmp_path / 'plain')) == 3
+
+
+def stack(path, pages, **kw):
+    "A TIFF of several pages"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *more = (Image.fromarray(a) for a in pages)
+    first.save(path, save_all=True, append_images=more, **kw)
+    return path
+
+
+def test_pages_of_a_tiff_are_slices(tmp_path):
+    pages, masks = [NOISE, np.flipud(NOISE), NOISE // 2], [FORE, BLANK, np.flipud(FORE)]
+    stack(tmp_path / 'd/images/a.tif', pages), stack(tmp_path / 'd/masks/a.tif', masks)
+    put(tmp_path / 'd/images/b.png'), put(tmp_path / 'd/masks/b.png', FORE)
+    ds = load(tmp_path / 'd')
+    assert ds.subjects == ['a'] * 3 + ['b'] and [Path(p).name[5:] for p in ds.paths] == ['#0', '#1', '#2', '']
+    assert all((ds.images[i, 0] == a).all() for i, a in enumerate(pages))
+    assert all(((ds.masks[i] > 0) == (a > 0)).all() for i, a in enumerate(masks))
+    assert load(tmp_path / 'd', normalise='zscore').images.shape == (4, 1, S, S)
+    put(tmp_path / 'd/masks/a.tif', FORE)
+    with pytest.warns(UserWarning, match='different numbers of slices: 3, 1'):
+        assert len(load_images(tmp_path / 'd', S)) == 1
+
+
+def test_pages_share_their_brightness_and_their_colour(tmp_path):
+    deep = [NOISE.astype(np.uint16) * 100, NOISE.astype(np.uint16) * 50]
+    a, b = read_image(stack(tmp_path / 'a.tif', deep))
+    assert b.mean() < 0.6 * a.mean()
+    grey = np.dstack([NOISE] * 3)
+    assert [x.shape for x in read_image(stack(tmp_path / 'b.tif', [grey, grey]))] == [(S, S)] * 2
+    assert [x.shape for x in read_image(stack(tmp_path / 'c.tif', [grey, grey // np.uint8([1, 2, 1])]))] == [
+        (S, S, 3)
+    ] * 2
+
+
+def test_previews_behind_a_picture_are_no_slices(tmp_path, monkeypatch):
+    assert len(read_image(stack(tmp_path / 'a.tif', [NOISE, NOISE[::2, ::2]]))) == 1  # as microscopes write it
+    assert len(read_image(stack(tmp_path / 'a.gif', [NOISE, np.flipud(NOISE)]))) == 1
+    many = stack(tmp_path / 'b.tif', [NOISE] * 3)
+    monkeypatch.setattr(files, 'MOST_BYTES', 3 * S * S * 8 - 1)
+    with pytest.raises(ValueError, match='3 pages of 32×32 pixels would take'):
+        read_image(many)
 
 
 def test_patient_folders_are_subjects_where_names_repeat(tmp_path):
