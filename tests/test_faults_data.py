@@ -17,6 +17,7 @@ from medsketch.data import (
     as_image_data,
     contact_sheet,
     files,
+    join,
     load_images,
     phantom_data,
     summarise,
@@ -138,6 +139,25 @@ def test_enhanced_files_read_like_their_classic_twins(tmp_path, where, what):
     }[where]
     got = read_dicom(dicom(tmp_path / 'e.dcm', np.stack(SLICES), **extra))
     assert len(got) == 3 and all((g == t).all() for g, t in zip(got, twins))
+
+
+def test_an_empty_or_half_group_of_a_frame_leaves_the_shared_one(tmp_path):
+    shared = item(FrameVOILUTSequence={'WindowCenter': 100, 'WindowWidth': 200})
+    slopes = item(PixelValueTransformationSequence={'RescaleSlope': 2, 'RescaleIntercept': 0})
+    each = [
+        item(FrameVOILUTSequence={}),
+        item(FrameVOILUTSequence={'WindowCenter': 7}),
+        item(PixelValueTransformationSequence={}, FrameVOILUTSequence={'WindowCenter': 50, 'WindowWidth': 100}),
+    ]
+    shared.PixelValueTransformationSequence = slopes.PixelValueTransformationSequence
+    kw = {
+        'SharedFunctionalGroupsSequence': pydicom.sequence.Sequence([shared]),
+        'PerFrameFunctionalGroupsSequence': pydicom.sequence.Sequence(each),
+    }
+    got = read_dicom(dicom(tmp_path / 'e.dcm', np.stack(SLICES), **kw))
+    for i, (a, centre) in enumerate(zip(SLICES, (100, 100, 50))):
+        twin = dicom(tmp_path / 'c.dcm', a, RescaleSlope=2, WindowCenter=centre, WindowWidth=2 * centre)
+        assert (got[i] == read_dicom(twin)[0]).all()
 
 
 @pytest.mark.parametrize('normal', ['axial', 'sagittal'])
@@ -325,6 +345,15 @@ def test_contrasts_are_contrasts(tmp_path, contrasts, size):
     assert image_to_square(np.zeros((48, 40, contrasts), np.uint8), size).shape == (size, size, contrasts)
 
 
+def test_a_matrix_that_is_no_number_leaves_the_volume_as_it_is_stored(tmp_path):
+    v = RNG.random((S, S, 4)).astype(np.float32)
+    path = nifti(tmp_path / 'a.nii', v)
+    want, data = read_nifti(path), bytearray(path.read_bytes())
+    data[280:328] = np.full(12, np.nan, '<f4').tobytes()  # the sform
+    path.write_bytes(data)
+    assert all((a == b).all() for a, b in zip(read_nifti(path), want))
+
+
 @pytest.mark.parametrize('shape', [(S, S), (S, S, 1), (S, S, 3, 1), (S, S, 3, 1, 2)])
 def test_dimensions_of_length_one(tmp_path, shape):
     got = read_nifti(nifti(tmp_path / 'a.nii', RNG.random(shape).astype(np.float32)))
@@ -455,6 +484,60 @@ def test_image_and_mask_turn_together(tmp_path, tag):
     assert ds.images[0, 0][ds.masks[0] > 0].min() == 200 and ((ds.masks[0] > 0) != DISC).any()
 
 
+RED, BACK = (np.dstack([FORE, BLANK, BLANK]), np.dstack([255 - FORE] * 3))
+OVERLAYS = {
+    'half transparent': np.dstack([RED, FORE // 2]),
+    'nearly transparent': np.dstack([RED, FORE // 5]),
+    'all of it half transparent': np.dstack([RED, BLANK + 100]),
+    'black on transparent white': np.dstack([BACK, FORE]),
+}
+
+
+@pytest.mark.parametrize('case', OVERLAYS)
+def test_overlays_with_transparency(tmp_path, case):
+    assert ((read_mask(put(tmp_path / 'a.png', OVERLAYS[case]))[0] > 0) == DISC).all()
+
+
+def test_a_palette_with_transparency(tmp_path):
+    im = Image.fromarray(np.uint8(DISC), 'P')
+    im.putpalette([255, 255, 255, 0, 0, 0])  # a black object on transparent white
+    im.save(tmp_path / 'a.png', transparency=0)
+    assert ((read_mask(tmp_path / 'a.png')[0] > 0) == DISC).all()
+
+
+BELOW_ZERO = {
+    'whole': DISC * np.int32(3) - 1,
+    'float': DISC * np.float32(2) - 1,
+    'ignored': np.where(YY < 4, -1, DISC).astype(np.int32),
+}
+
+
+@pytest.mark.parametrize('case', BELOW_ZERO)
+def test_what_is_below_zero_is_background(tmp_path, case):
+    put(tmp_path / 'images/a.png')
+    put(tmp_path / 'masks/a.tif', BELOW_ZERO[case])
+    ds = load(tmp_path)
+    assert ds.classes == ('background', 'foreground') and ((ds.masks[0] > 0) == DISC).all()
+
+
+def test_a_class_number_in_one_channel_is_seen(tmp_path):
+    assert ((read_mask(put(tmp_path / 'a.png', RED // 255))[0] > 0) == DISC).all()
+
+
+@pytest.mark.parametrize(
+    'name, pixels, says',
+    [
+        ('a.jpg', FORE // 255 * 2, 'a JPEG mask of brightness'),
+        ('a.tif', np.full((S, S), 0.5, np.float32), 'a mask that is 0.5 everywhere'),
+    ],
+)
+def test_a_mask_is_never_empty_without_a_word(tmp_path, name, pixels, says):
+    kw = {'quality': 100} if name == 'a.jpg' else {}
+    with pytest.raises(ValueError, match=says):
+        read_mask(put(tmp_path / name, pixels, **kw))
+    assert not read_mask(put(tmp_path / name, pixels * 0, **kw))[0].any()
+
+
 BAD_MASKS = {
     'colours': lambda p: put(p, RNG.integers(0, 255, (S, S, 3), np.uint8)),
     'instances': lambda p: put(p, np.arange(S * S, dtype=np.uint16).reshape(S, S)),
@@ -582,6 +665,76 @@ def test_a_mask_for_each_side_and_a_mask_for_each_object(tmp_path):
         assert [p.split('/')[-1] for p in load_images(tmp_path / 'two', S).paths] == ['c1.png']
 
 
+def cell(y, x, r):
+    return np.uint8((YY - y) ** 2 + (XX - x) ** 2 < r**2) * 255
+
+
+CELLS = [cell(14, 10, 9), cell(14, 18, 5), cell(28, 28, 2), BLANK]  # two overlap, and one file is empty
+
+
+@pytest.mark.parametrize('cache', ['memory', 'disk'])
+def test_a_file_for_each_cell_gives_instances(tmp_path, cache):
+    "DSB 2018: one mask, and a number for each file; where two overlap, the smaller lies on top"
+    for i in range(2):
+        put(tmp_path / f'd/c{i}/images/c{i}.png')
+        for k, a in enumerate(CELLS):
+            put(tmp_path / f'd/c{i}/masks/{k}ab{i}.png', np.roll(a, i, 0))
+    for masks in (None, None, True, 'instances'):  # twice, the second time out of the cache
+        ds = load(tmp_path / 'd', masks=masks, cache=cache)
+        for i, ids in enumerate(ds.planes['instances']):
+            large, small, alone, _ = (np.roll(a, i, 0) > 0 for a in CELLS)
+            assert (ids == np.where(small, 2, np.where(large, 1, np.where(alone, 3, 0)))).all()
+        assert ds.kinds['instances'] == 'instances' and (masks == 'instances') == (ds.masks is None)
+        assert masks == 'instances' or ((ds.masks > 0) == (ds.planes['instances'] > 0)).all()
+    assert 'instances' not in load(tmp_path / 'd', masks=False).planes
+    sheet = contact_sheet(load(tmp_path / 'd'))
+    assert (sheet != contact_sheet(load(tmp_path / 'd').with_planes(instances=None))).any()
+
+
+def test_instances_of_several_masks_beside_an_image(tmp_path):
+    "Each file an object; asked for only, for endings such as `_1` do not say that they are objects"
+    put(tmp_path / 'a.png'), put(tmp_path / 'b.png')
+    put(tmp_path / 'a_mask.png', CELLS[0] // 255 * 7)
+    put(tmp_path / 'a_mask_1.png', CELLS[2] // 255 * 7)
+    put(tmp_path / 'b_mask.png', CELLS[0] // 255 * 7 + CELLS[2] // 255 * 9)
+    a, b = load(tmp_path, masks='instances').planes['instances']
+    assert set(np.unique(a)) == {0, 1, 2} and set(np.unique(b)) == {0, 7, 9}  # numbered; as they stand in one file
+    assert set(load(tmp_path).planes) == {'image', 'mask'}
+
+
+def test_instances_of_a_set_that_is_joined_with_another(tmp_path):
+    put(tmp_path / 'd/c/images/c.png'), put(tmp_path / 'd/c/masks/x1.png', CELLS[0])
+    put(tmp_path / 'e/images/c.png'), put(tmp_path / 'e/masks/c.png', CELLS[1])
+    cells, other = load(tmp_path / 'd'), load(tmp_path / 'e')
+    assert 'instances' in join(cells, cells).planes and set(join(cells, other).planes) == {'image', 'mask'}
+    assert set(join(other, cells).planes) == {'image', 'mask'}
+
+
+def test_masks_of_one_image_are_read_one_after_the_other(tmp_path, monkeypatch):
+    "A picture with a thousand cells does not need a thousand masks in memory"
+    import gc
+
+    from medsketch.data import masks
+
+    class Mask(np.ndarray):
+        alive = 0
+
+        def __del__(self):
+            Mask.alive -= 1
+
+    def one(path, axis):
+        Mask.alive += 1
+        seen.append(Mask.alive)
+        return [np.full((4, 4), int(path), np.int32).view(Mask)]
+
+    for read in (masks.read_masks, masks.read_objects):
+        seen = []
+        monkeypatch.setattr(masks, 'read_mask', one)
+        read([str(k) for k in range(20)])
+        gc.collect()
+        assert max(seen) < 10
+
+
 def test_a_folder_beside_masks_holds_the_images_only_if_none_lie_above(tmp_path):
     for i in range(3):
         for folder, pixels in {'.': None, 'masks': FORE, 'preview': None}.items():
@@ -589,6 +742,69 @@ def test_a_folder_beside_masks_holds_the_images_only_if_none_lie_above(tmp_path)
     with pytest.warns(UserWarning, match='it has no mask'):
         found = load_images(tmp_path, S).paths
     assert sorted(found) == [str(tmp_path / f'c{i}.png') for i in range(3)]
+
+
+STRANGERS = {  # (images, masks) that have only digits or a piece of a checksum in common
+    'a checksum': ('c0 c1', '0abc'),
+    'checksums': ('c0 c1 c2', '0abc 1def 2fed'),
+    'a piece of a checksum': ('1b2c-4d 77aa-01', '1b2c5e 77aa02'),
+    'a number and a word': ('c0 c1', '0-abc'),
+    'a date': ('20200101_p1 20200102_p2', '20200101_p7'),
+    'dates': ('ann-2020-01-02 bob-2020-01-03', '2020-01-02-bob 2020-01-03-eve'),
+    'patient 1 and 10': ('patient1 patient2', 'patient10'),
+    'patients of one day': ('ann_20200102 bob_20200102', '20200102'),
+    'other letters': ('甲1 乙2', '丙1 丁2'),
+    'padded with zeros': ('case1 case11', 'case01 case011'),
+}
+
+
+@pytest.mark.parametrize('case', STRANGERS)
+@pytest.mark.parametrize('place', ['images/{}.png masks/{}.png', '{}.png {}_mask.png'])
+def test_masks_are_never_paired_by_a_number_alone(tmp_path, case, place):
+    names = [n.split() for n in STRANGERS[case]]
+    image, mask = place.split()
+    for name in names[0]:
+        put(tmp_path / image.format(name))
+    for name in names[1]:
+        put(tmp_path / mask.format(name), FORE)
+    with pytest.warns(UserWarning, match='looks like a mask'):
+        ds = load_images(tmp_path, S)
+    assert ds.masks is None and len(ds) == len(names[0]) and len(ds.skipped) == len(names[1])
+
+
+FRIENDS = {
+    'a word in front': ('img_{}', '{}'),
+    'another word in front': ('scan-{}', '{}'),
+    'two words in front': ('ct_{}', 'roi_{}'),
+    'glued words': ('im{}', 'roi{}'),
+    'a word behind': ('{}', '{}_tumour'),
+    'in front and behind': ('eye {}', '{}-vessels'),
+    'letters with accents': ('Übung{}', 'U\u0308bung{}'),
+    'other letters': ('影像{}', '掩膜{}'),
+}
+
+
+@pytest.mark.parametrize('case', FRIENDS)
+@pytest.mark.parametrize('place', ['images/{}.png masks/{}.png', 'frames/{}.png rois/{}.png'])
+@pytest.mark.parametrize('numbers', ['001 002', '1 10 11', '2020-01-02 2020-01-03'])
+def test_masks_are_paired_by_a_number_and_words_that_all_have(tmp_path, case, place, numbers):
+    image, mask = (p.format(n) for p, n in zip(place.split(), FRIENDS[case]))
+    for k, n in enumerate(numbers.split()):
+        put(tmp_path / image.format(n))
+        put(tmp_path / mask.format(n), np.roll(FORE, k, 1))
+    ds = load(tmp_path)
+    assert all(((m > 0) == np.roll(DISC, k, 1)).all() for k, m in enumerate(ds.masks)) and len(ds) == k + 1
+
+
+@pytest.mark.parametrize('pair', ['images/img_001 masks/001_mask', 'img_001 001_mask', 'im-1 1_seg', '7 7_tumour'])
+def test_a_lone_pair(tmp_path, pair):
+    image, mask = pair.split()
+    put(tmp_path / f'{image}.png'), put(tmp_path / f'{mask}.png', FORE)
+    if pair.startswith('im-'):
+        with pytest.warns(UserWarning, match='looks like a mask'):
+            assert load_images(tmp_path, S).masks is None
+    else:
+        assert load(tmp_path).masks.any()
 
 
 @pytest.mark.parametrize('layout', WORDLESS)
@@ -724,6 +940,48 @@ def test_nnunet_channels_and_labels(tmp_path):
     for i in range(3):
         put(tmp_path / f'plain/scan_{i:04}.png')
     assert load(tmp_path / 'plain').channels == 1 and len(load(tmp_path / 'plain')) == 3
+
+
+def stack(path, pages, **kw):
+    "A TIFF of several pages"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *more = (Image.fromarray(a) for a in pages)
+    first.save(path, save_all=True, append_images=more, **kw)
+    return path
+
+
+def test_pages_of_a_tiff_are_slices(tmp_path):
+    pages, masks = [NOISE, np.flipud(NOISE), NOISE // 2], [FORE, BLANK, np.flipud(FORE)]
+    stack(tmp_path / 'd/images/a.tif', pages), stack(tmp_path / 'd/masks/a.tif', masks)
+    put(tmp_path / 'd/images/b.png'), put(tmp_path / 'd/masks/b.png', FORE)
+    ds = load(tmp_path / 'd')
+    assert ds.subjects == ['a'] * 3 + ['b'] and [Path(p).name[5:] for p in ds.paths] == ['#0', '#1', '#2', '']
+    assert all((ds.images[i, 0] == a).all() for i, a in enumerate(pages))
+    assert all(((ds.masks[i] > 0) == (a > 0)).all() for i, a in enumerate(masks))
+    assert load(tmp_path / 'd', normalise='zscore').images.shape == (4, 1, S, S)
+    put(tmp_path / 'd/masks/a.tif', FORE)
+    with pytest.warns(UserWarning, match='different numbers of slices: 3, 1'):
+        assert len(load_images(tmp_path / 'd', S)) == 1
+
+
+def test_pages_share_their_brightness_and_their_colour(tmp_path):
+    deep = [NOISE.astype(np.uint16) * 100, NOISE.astype(np.uint16) * 50]
+    a, b = read_image(stack(tmp_path / 'a.tif', deep))
+    assert b.mean() < 0.6 * a.mean()
+    grey = np.dstack([NOISE] * 3)
+    assert [x.shape for x in read_image(stack(tmp_path / 'b.tif', [grey, grey]))] == [(S, S)] * 2
+    assert [x.shape for x in read_image(stack(tmp_path / 'c.tif', [grey, grey // np.uint8([1, 2, 1])]))] == [
+        (S, S, 3)
+    ] * 2
+
+
+def test_previews_behind_a_picture_are_no_slices(tmp_path, monkeypatch):
+    assert len(read_image(stack(tmp_path / 'a.tif', [NOISE, NOISE[::2, ::2]]))) == 1  # as microscopes write it
+    assert len(read_image(stack(tmp_path / 'a.gif', [NOISE, np.flipud(NOISE)]))) == 1
+    many = stack(tmp_path / 'b.tif', [NOISE] * 3)
+    monkeypatch.setattr(files, 'MOST_BYTES', 3 * S * S * 8 - 1)
+    with pytest.raises(ValueError, match='3 pages of 32×32 pixels would take'):
+        read_image(many)
 
 
 def test_patient_folders_are_subjects_where_names_repeat(tmp_path):

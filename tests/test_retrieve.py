@@ -1,6 +1,7 @@
 "Finding images by a sketch: exact search, the index and what it refuses, recall, and the command"
 
 import csv
+import json
 import sys
 import types
 
@@ -136,6 +137,63 @@ def test_a_file_that_is_no_index(throats, recipe, tmp_path):
     for p in (path, tmp_path / 'none', tmp_path):
         with pytest.raises(ValueError, match='no index'):
             load_index(p, f)
+
+
+def stranger(path, codes=None, size=32, **names):
+    "An index as somebody else may have written it"
+    names = {'paths': ['a.png'], 'subjects': ['a'], 'root': '.'} | names
+    about = {'medsketch_index': json.dumps({'by': sketch_pixels().name, 'size': size})}
+    text = torch.tensor(list(json.dumps(names).encode()), dtype=torch.uint8)
+    save_file({'codes': torch.ones(1, 256) if codes is None else codes, 'names': text}, path, about)
+    return path
+
+
+HOSTILE = {
+    'an absolute root': {'root': '/etc'},
+    'an absolute image': {'paths': ['/etc/passwd']},
+    'an image outside': {'paths': ['../../a.png']},
+    'outside by a detour': {'paths': ['b/../../a.png']},
+    'a NUL in a name': {'paths': ['a\0.png']},
+    'a NUL in the root': {'root': 'a\0'},
+    'a list for a root': {'root': ['.']},
+    'a size that is none': {'size': 10**9},
+    'a size of true': {'size': True},
+    'negative size': {'size': -32},
+    'no numbers': {'codes': torch.ones(1, 0)},
+    'three dimensions': {'codes': torch.ones(1, 256, 1)},
+}
+
+
+@pytest.mark.parametrize('harm', HOSTILE)
+def test_an_index_of_a_stranger_leads_nowhere_else(tmp_path, harm):
+    path = stranger(tmp_path / 'a.safetensors', **HOSTILE[harm])
+    with pytest.raises(ValueError, match='damaged') as e:
+        load_index(path, sketch_pixels()).near(torch.ones(1, 256), 1)
+    assert one_line(e)
+
+
+def test_an_index_is_measured_before_it_is_read(tmp_path, monkeypatch):
+    path = stranger(tmp_path / 'a.safetensors', paths=['a' * 200])
+    assert load_index(path, sketch_pixels()).root == str(tmp_path)
+    for most in (1000, 2047, 4000):  # bytes: too few for the codes, and for the names
+        monkeypatch.setattr('medsketch.data.files.MOST_BYTES', most)
+        with pytest.raises(ValueError, match='memory'):
+            load_index(path, sketch_pixels())
+    monkeypatch.setattr('medsketch.data.files.MOST_BYTES', 20_000)
+    assert len(load_index(path, sketch_pixels())) == 1
+
+
+def test_vectors_of_another_length_are_said(tmp_path):
+    index = load_index(stranger(tmp_path / 'a.safetensors', torch.ones(1, 3)), sketch_pixels())
+    with pytest.raises(ValueError, match='vectors of 256 numbers, the index holds 3: index anew'):
+        index.search(torch.ones(1, 32, 32), 1)
+
+
+def test_images_below_a_linked_folder_stay_below_it(tmp_path, throats):
+    (tmp_path / 'real').mkdir(), (tmp_path / 'link').symlink_to('real')
+    some = throats.subset([0])
+    some.paths = [str((tmp_path / 'real/a.png').resolve())]
+    assert index_sketches(some, sketch_pixels(), tmp_path / 'link').paths == ['a.png']
 
 
 def test_what_cannot_be_searched_is_one_line(throats, recipe):

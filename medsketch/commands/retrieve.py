@@ -50,7 +50,8 @@ def images_of(
     if str(data).startswith('phantoms:'): return found, list(found.paths), ''
     root = Path(data).expanduser()
     root = root if root.is_dir() else root.parent
-    return found, [Path(os.path.relpath(p, root)).as_posix() for p in found.paths], str(root.resolve())
+    root = root.resolve()
+    return found, [Path(os.path.relpath(p, root)).as_posix() for p in found.paths], str(root)
 
 def indexed(
     found, # an `ImageData`

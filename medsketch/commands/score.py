@@ -170,7 +170,8 @@ def check_shared(
     from medsketch.recipes import recipe_class
     from medsketch.recipes.arguments import check_arguments
     classes = {n: recipe_class(n) for n in names}
-    check_settings(settings, classes.values())
+    try: check_settings(settings, classes.values())
+    except ValueError as e: raise ValueError(f"--set {e}") from None
     for k in settings:
         argument = k.rpartition('.')[2]
         if argument in ('size', 'channels', 'seed'):

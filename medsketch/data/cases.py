@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FOLDERS', 'MASK_FOLDERS', 'MASK_WORDS', 'MASK_END', 'IMAGE_END', 'CHANNEL', 'Case', 'files_below', 'Found',
-           'find', 'table_cases', 'stem', 'bare', 'folder_role', 'Sorted', 'sort_files', 'masks_of', 'name_cases',
-           'Paired', 'pair', 'find_cases']
+           'find', 'table_cases', 'stem', 'folded', 'bare', 'folder_role', 'Sorted', 'sort_files', 'masks_of',
+           'name_cases', 'Paired', 'pair', 'find_cases']
 
 # %% ../../nbs/02_data/05_cases.ipynb #44471006
 import csv
 import io
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ class Case:
     subject: str='' # whose body this is, if the folder says so: cases of one subject are never split
     name: str='' # what the case is called
     more_masks: tuple=() # further masks of the same image, e.g. one for each lesion
+    objects: bool=False # does each of its masks hold one object, as its folders say?
     limits: tuple=None # (low, high) of its series, for pixels without a window
     bits: int=None # that deep colour uses in its folder
     guess: str='' # the subject that names suggest: used if neither `subject` nor the file itself says whose body it is
@@ -143,10 +145,13 @@ MASK_WORDS = 'masks?|seg|segmentation|labels?|gt|groundtruth|ground_truth|manual
 MASK_END = re.compile(rf'[_\- ]({MASK_WORDS})([_\- ]?\d+)?$', re.IGNORECASE)
 IMAGE_END = re.compile(r'[_\- ](image|img|training|test|original)$', re.IGNORECASE)
 
+def folded(name):
+    "A name in lower case, its accents in one character with their letter, as Linux and Windows write them"
+    return unicodedata.normalize('NFC', name).lower()
+
 def bare(name):
     "A stem without what marks an image or a mask"
-    name = MASK_END.sub('', name)
-    return IMAGE_END.sub('', name).lower()
+    return IMAGE_END.sub('', MASK_END.sub('', folded(name)))
 
 def folder_role(parts):
     "Where the last image or mask folder stands in a path, and which it is: (index, 'image' or 'mask'), or (None, '')"
@@ -210,14 +215,14 @@ def masks_of(
 ) -> tuple: # of paths: all from the same folder
     "The masks of an image"
     home, below, role = _place(image, root)
-    keys = [(home, below, n) for n in dict.fromkeys((stem(image).lower(), bare(stem(image))))]
+    keys = [(home, below, n) for n in dict.fromkeys((folded(stem(image)), bare(stem(image))))]
     if role:
         # beside it
         keys += [(home + image.relative_to(root.parent).parts[len(home):len(home) + 1] + below, (), k[2]) for k in keys]
     for k in keys:
         if found := sorted(table.get(k, [])):
             same = [m for rank, m in found if rank == found[0][0]]
-            exact = [m for m in same if stem(m).lower() == stem(image).lower()]
+            exact = [m for m in same if folded(stem(m)) == folded(stem(image))]
             return tuple(exact or same)
     return ()
 
@@ -310,11 +315,12 @@ def _named_cases(real, found):
     cases, used = [], set()
     for name, paths in _channel_groups(roles.images):
         masks = masks_of(paths[0].with_name(name + paths[0].name[len(stem(paths[0])):]), table, found.root)
+        objects = not masks and paths[0] in whole
         masks = masks or whole.get(paths[0], ())
         used.update(masks)
         if len(paths) == 1: name = stem(real[paths[0]])
         masks, paths = (tuple(real[p] for p in ps) for ps in (masks, paths))
-        cases.append(Case(paths, masks[0] if masks else None, '', name, masks[1:]))
+        cases.append(Case(paths, masks[0] if masks else None, '', name, masks[1:], objects and bool(masks)))
     most = max((len(c.images) for c in cases), default=1)
     short = [c for c in cases if len(c.images) < most and CHANNEL.search(stem(c.path))]
     reason = lambda m: 'it looks like a mask, but there is no image of its name'

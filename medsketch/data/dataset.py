@@ -67,6 +67,7 @@ class _Kept:
     colour: bool
     pixels: object # for `_Spill.get`
     labels: object
+    ids: object
     fact: dict
 
 def _try_decode(case, how):
@@ -76,25 +77,25 @@ def _try_decode(case, how):
     except Exception as e: # a stranger's file may fail in any way: it is listed with its reason, never fatal
         return one_line(str(e).replace(str(case.path.parent) + os.sep, '') or type(e).__name__)
 
-def _keep(got, labels, spill, instances):
+def _keep(got, labels, spill):
     "The samples of a case, their arrays put away"
     for s in got.samples:
-        ids = s.labels
-        if ids is not None and not instances: ids = labels.encode(ids, s.values, got.case.mask)
+        codes = None if s.labels is None else labels.encode(s.labels, s.values, got.case.mask)
         fact = {'side': list(map(int, s.side)), 'low': s.low, 'high': s.high}
-        yield _Kept(s.name, got.subject, got.known, len(s.pixels), s.colour, spill.put(s.pixels), spill.put(ids), fact)
+        yield _Kept(s.name, got.subject, got.known, len(s.pixels), s.colour, *map(spill.put, (s.pixels, codes, s.ids)),
+                    fact)
 
 # %% ../../nbs/02_data/09_dataset.ipynb #b45ef922
 def _read_all(cases, how, labels, spill):
     "Decode every case: ([`_Kept`], skipped)"
-    kept, skipped, instances = [], [], how.masks == 'instances'
+    kept, skipped = [], []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.simplefilter('ignore') # what is wrong with a file is listed
         results = pool.map(lambda c: _try_decode(c, how), with_scales(cases, how))
         try:
             for case, got in zip(cases, _bar(results, len(cases))):
                 if isinstance(got, str): skipped.append((str(case.path), got))
-                else: kept += _keep(got, labels, spill, instances)
+                else: kept += _keep(got, labels, spill)
         except BaseException: pool.shutdown(cancel_futures=True); raise # do not decode the rest before saying so
     return kept, skipped
 
@@ -116,12 +117,10 @@ def _planes(kept, how, channels, table, spill, folder):
     n, size, at = len(kept), how.size, lambda name: folder and folder / f'{name}.npy'
     pixels = (to_channels(spill.get(k.pixels), k.colour, channels) for k in kept)
     image = _pour(pixels, (n, channels, size, size), np.float32 if how.normalise == 'zscore' else np.uint8, at('image'))
-    if not how.masks: return {'image': image}
-    if how.masks == 'instances':
-        return {'image': image,
-                'instances': _pour((spill.get(k.labels) for k in kept), (n, size, size), np.int32, at('instances'))}
-    return {'image': image,
-            'mask': _pour((table[spill.get(k.labels)] for k in kept), (n, size, size), np.uint8, at('mask'))}
+    rows = lambda name, arrays, kind: {name: _pour(arrays, (n, size, size), kind, at(name))}
+    mask = rows('mask', (table[spill.get(k.labels)] for k in kept), np.uint8) if how.masks in (True, 'both') else {}
+    ids = rows('instances', (spill.get(k.ids) for k in kept), np.int32) if how.masks in ('instances', 'both') else {}
+    return {'image': image} | mask | ids
 
 def _build(cases, how, classes, channels, folder):
     "Decode, convert and store a set: (the set or None, skipped); `folder` is None for memory"
@@ -252,7 +251,7 @@ def load_images(
     channels:int=None, # 1, 3 or the number of contrasts; None: 1 for grey, 3 with colour, else as many as all have
     fit:str='auto', # how to make a square: 'auto', 'letterbox', 'crop' or 'stretch', see `keep_box`
     cache:str='memory', # where pixels are kept: 'memory', or 'disk' to decode only once and for sets larger than memory
-    masks:bool=None, # read masks? None: if there are any; 'instances': as ids of instances
+    masks:bool=None, # read masks? None: if there are any; 'instances': as ids of instances, see `read_objects`
     classes=None, # names of the labels 0, 1, 2 … or {label: name}; None: found in the masks
     subject:str=None, # regular expression whose first group names the subject, see `pair`
     modalities=None, # endings that tell contrasts apart, e.g. ('t1', 't1ce', 't2', 'flair')
@@ -269,6 +268,7 @@ def load_images(
     paired = pair(find(path, manifest), modalities, subject, outside)
     cases, needed = some_of(list(paired.cases), most), masks
     if masks is None: masks = any(c.mask for c in cases)
+    if masks is True and any(c.objects for c in cases): masks = 'both'
     how = Reading(check_size(size), fit, normalise, window, axis, every, masks)
     ds, skipped = _stored_or_built((cases, how, classes, channels), cache)
     if ds is None:

@@ -14,7 +14,8 @@ import numpy as np
 from .cases import Case
 from .dicom import dicom_subject, series_limits
 from .files import file_kind, is_deep, open_picture, shown, to_eight_bits, used_bits, deep_pixels
-from .readers import image_to_square, keep_box, mask_to_square, read_file, read_masks
+from .masks import read_mask, read_masks, read_objects
+from .readers import image_to_square, keep_box, mask_to_square, read_file
 
 # %% ../../nbs/02_data/06_decode.ipynb #5a20dd07
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Reading:
     window: tuple=None # (centre, width) for deeper pixels
     axis: int=2 # of volumes
     every: int=1 # every how many-th slice of a NIfTI volume
-    masks: object=False # is a mask needed? 'instances': its values are ids of instances
+    masks: object=False # is a mask needed? 'instances': its values are ids of instances; 'both': labels and ids
 
 @dataclass
 class Sample:
@@ -39,6 +40,7 @@ class Sample:
     side: tuple=() # (width, height) in the file
     low: float=0. # least and greatest value in the file
     high: float=255.
+    ids: np.ndarray=None # (size, size) int32 ids of instances, or None
 
 @dataclass
 class Decoded:
@@ -80,19 +82,19 @@ def _percentiles(image):
     if image.ndim == 2 or image.shape[-1] == 3: return to_eight_bits(image)
     return np.stack([to_eight_bits(c) for c in np.moveaxis(image, -1, 0)], -1)
 
-def _square(contrasts, mask, how, colour):
-    "(pixels (C, H, W), labels or None, values in the mask) of one slice. Raises `ValueError` if sizes differ"
+def _square(contrasts, mask, ids, how, colour):
+    "(pixels (C, H, W), [labels or None, ids or None]) of one slice. Raises `ValueError` if sizes differ"
     sizes = [f'{c.shape[1]}×{c.shape[0]}' for c in contrasts]
     if len(set(sizes)) > 1: raise ValueError(f"its contrasts have different sizes: {', '.join(sizes)}")
-    if mask is not None and mask.shape != contrasts[0].shape[:2]:
-        raise ValueError(f"its mask is {mask.shape[1]}×{mask.shape[0]} pixels, the image {sizes[0]}")
+    for m in (mask, ids):
+        if m is not None and m.shape != contrasts[0].shape[:2]:
+            raise ValueError(f"its mask is {m.shape[1]}×{m.shape[0]} pixels, the image {sizes[0]}")
     image = contrasts[0] if len(contrasts) == 1 else np.dstack(contrasts)
     if how.normalise == 'percentile': image = _percentiles(image)
     box = keep_box(image, how.fit, colour)
     square = image_to_square(image, how.size, how.fit, box)
     pixels = np.moveaxis(square, -1, 0) if square.ndim == 3 else square[None]
-    if mask is None: return pixels, None, ()
-    return pixels, mask_to_square(mask, how.size, how.fit, box), tuple(np.unique(mask).tolist())
+    return pixels, [None if m is None else mask_to_square(m, how.size, how.fit, box) for m in (mask, ids)]
 
 def _filled(slices, how):
     "Numbers of the slices that show something, every how many-th of all"
@@ -100,33 +102,41 @@ def _filled(slices, how):
     return [i for i in range(0, len(slices), how.every) if (slices[i] > floor).mean() > .05]
 
 # %% ../../nbs/02_data/06_decode.ipynb #ac0f57b7
+def _masks(case, how):
+    "Labels and ids of instances slice by slice, or None for what is not asked for"
+    if how.masks is True: return read_masks(case.masks, how.axis), None
+    if how.masks == 'instances' and len(case.masks) == 1: return None, read_mask(case.mask, how.axis)
+    labels, ids = read_objects(case.masks, how.axis)
+    return None if how.masks == 'instances' else labels, ids
+
 def _read_case(case, how):
     "The `Frames` of its images, and its masks slice by slice. Raises `ValueError` if their numbers differ"
     zscore = how.normalise == 'zscore'
     frames = [read_file(p, how.axis, how.window, zscore, case.limits, case.bits) for p in case.images]
     if how.masks and not case.mask: raise ValueError("it has no mask")
     n = len(frames[0].pixels)
-    masks = read_masks(case.masks, how.axis) if how.masks else [None] * n
-    many = [len(f.pixels) for f in frames] + [len(masks)]
+    masks, ids = _masks(case, how) if how.masks else (None, None)
+    many = [len(f.pixels) for f in frames] + [len(m) for m in (masks, ids) if m is not None]
     if len(set(many)) > 1: raise ValueError(f"its files hold different numbers of slices: {', '.join(map(str, many))}")
-    return frames, masks
+    return frames, masks or [None] * n, ids or [None] * n
 
 def decode_case(
     case:Case,
     how:Reading,
 ) -> Decoded:
     "All samples of a case. Raises what the readers raise, and `ValueError` if its files do not fit each other"
-    frames, masks = _read_case(case, how)
+    frames, masks, ids = _read_case(case, how)
     first, kind = frames[0], file_kind(case.path)
     colour, n = first.colour and len(frames) == 1, len(first.pixels)
     seen = _filled(first.pixels, how) if kind == 'nifti' else range(n)
     if not len(seen): raise ValueError("every slice of it is empty")
     samples = []
     for i in seen:
-        pixels, labels, values = _square([f.pixels[i] for f in frames], masks[i], how, colour)
+        pixels, (labels, own) = _square([f.pixels[i] for f in frames], masks[i], ids[i], how, colour)
+        values = () if masks[i] is None else tuple(np.unique(masks[i]).tolist())
         name = str(case.path) if n == 1 else f'{case.path}#{i}'
         samples.append(Sample(name, pixels, colour, labels, values, first.pixels[i].shape[1::-1], first.low,
-                              first.high))
+                              first.high, own))
     subject = case.subject or (dicom_subject(case.path) if kind == 'dicom' else '') or case.guess
     return Decoded(case, samples, subject or case.name, bool(subject))
 

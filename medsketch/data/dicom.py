@@ -48,12 +48,16 @@ def open_dicom(
     return pydicom.dcmread(path, force=head[128:132] != b'DICM', **kwargs)
 
 # %% ../../nbs/02_data/01_dicom.ipynb #1411ccce
-def _group(ds, i, name):
-    "The functional group `name` of frame i, or the file itself"
+def _group(ds, i, name, *tags):
+    "The first that says one of these: the functional group `name` of frame i, the shared one, or the file itself"
     own, shared = ds.get('PerFrameFunctionalGroupsSequence') or [], ds.get('SharedFunctionalGroupsSequence') or []
     for g in (*own[i:i + 1], *shared[:1]):
-        if g.get(name): return g[name].value[0]
+        if g.get(name) and any(g[name].value[0].get(t) not in (None, '') for t in tags): return g[name].value[0]
     return ds
+
+def _windowed(ds, i):
+    "The group that windows frame i"
+    return _group(ds, i, 'FrameVOILUTSequence', 'WindowWidth', 'VOILUTSequence')
 
 def _window(g):
     "The first window (centre, width) that a group names, or None"
@@ -86,9 +90,10 @@ def frame_values(
 ) -> tuple: # (H, W) float32 with NaN for padding; window (centre, width) or None
     "One grey frame in the file's unit, and the window it asks for"
     from pydicom.pixels import apply_voi
-    group = _group(ds, i, 'FrameVOILUTSequence')
+    group = _windowed(ds, i)
     window, padded = _window(group), _padding(ds, a)
-    v = _rescaled(_group(ds, i, 'PixelValueTransformationSequence'), a)
+    v = _rescaled(_group(ds, i, 'PixelValueTransformationSequence', 'RescaleSlope', 'RescaleIntercept',
+                         'ModalityLUTSequence'), a)
     if window is None and 'VOILUTSequence' in group: v = apply_voi(v, group)
     v = np.asarray(v, np.float32)
     if padded is not None and padded.any():
@@ -102,8 +107,9 @@ def frame_order(
     n:int, # frames
 ) -> list: # of frame numbers
     "Frames by their position along the slice normal; as stored where positions are missing or planes differ"
-    spots = [_group(ds, i, 'PlanePositionSequence').get('ImagePositionPatient') for i in range(n)]
-    planes = [_group(ds, i, 'PlaneOrientationSequence').get('ImageOrientationPatient') for i in range(n)]
+    at, to = 'ImagePositionPatient', 'ImageOrientationPatient'
+    spots = [_group(ds, i, 'PlanePositionSequence', at).get(at) for i in range(n)]
+    planes = [_group(ds, i, 'PlaneOrientationSequence', to).get(to) for i in range(n)]
     if n < 2 or any(p is None or len(p) != 3 for p in spots) or any(p is None or len(p) != 6 for p in planes):
         return list(range(n))
     planes = np.array(planes, float)
@@ -194,7 +200,7 @@ def _unwindowed_series(path):
     try: ds = dicom_header(path)
     except ImportError: raise
     except Exception: return None # it is listed with its reason when it is decoded
-    windowed = _window(_group(ds, 0, 'FrameVOILUTSequence')) or 'VOILUTSequence' in ds
+    windowed = _window(_windowed(ds, 0)) or 'VOILUTSequence' in ds
     return None if windowed or ds.get('SamplesPerPixel', 1) == 3 else str(ds.get('SeriesInstanceUID') or '') or None
 
 def _some_values(path):

@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['LABELS_BELOW', 'RINGING', 'MOST_PLATEAUS', 'NOISE', 'whole_labels', 'ramp_values', 'harden', 'picture_mask',
-           'read_mask', 'read_masks']
+           'read_mask', 'read_masks', 'read_objects']
 
 # %% ../../nbs/02_data/03_masks.ipynb #0c78830f
+from functools import reduce
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import ImageOps
 
-from .files import file_kind, open_picture
+from .files import file_kind, open_picture, page_numbers
 from .nifti import read_block, square_voxels
 
 # %% ../../nbs/02_data/03_masks.ipynb #0842391f
 def whole_labels(
     a:np.ndarray, # (H, W) or more, numbers of any type
 ) -> np.ndarray: # int32; 255 = foreground where fractions were cut
-    "Labels out of numbers: whole ones as they are, fractions cut at half of their range"
-    if a.dtype.kind in 'iub': return a.astype(np.int32)
+    "Labels out of numbers: whole ones as they are, fractions cut at half of their range; below zero is background"
+    if a.dtype.kind in 'iub': return a.astype(np.int32).clip(0)
     a = np.nan_to_num(np.asarray(a, np.float32), nan=0., posinf=0., neginf=0.)
     near = np.round(a)
-    if np.abs(a - near).max(initial=0) < 1e-3: return near.astype(np.int32)
+    if np.abs(a - near).max(initial=0) < 1e-3: return near.astype(np.int32).clip(0)
+    if a.min() == a.max(): raise ValueError(f"a mask that is {a.min():g} everywhere: save class numbers, or 0 and 255")
     return np.where(a > (a.min() + a.max()) / 2, 255, 0).astype(np.int32)
 
 # %% ../../nbs/02_data/03_masks.ipynb #5938de92
@@ -63,11 +65,15 @@ def harden(
 # %% ../../nbs/02_data/03_masks.ipynb #ce4ab3c9
 NOISE = 24 # grey levels that JPEG may leave in black
 
-def _binary(a): return np.where(a > max(float(a.max(initial=0)) / 2, NOISE), 255, 0).astype(np.int32)
+def _binary(a, lossy=False):
+    "Foreground is what is brighter than half of the brightest pixel. Raises `ValueError` for a JPEG that is too dark"
+    top = float(a.max(initial=0))
+    if lossy and 0 < top <= NOISE: raise ValueError(f"a JPEG mask of brightness {top:g} at most: save masks as PNG")
+    return np.where(a > top / 2, 255, 0).astype(np.int32)
 
 def _grey_labels(a, lossy):
     "Labels in a grey picture (H, W)"
-    if lossy: return _binary(a)
+    if lossy: return _binary(a, lossy)
     if a.dtype.kind not in 'ub' or a.dtype.itemsize > 2: return whole_labels(a)
     a = harden(a)
     values = np.unique(a)
@@ -86,7 +92,7 @@ def _colour_labels(a, lossy):
     "Labels in a colour picture (H, W, 3): grey values, or what is not black where there is one colour"
     if (a == a[..., :1]).all(): return _grey_labels(a[..., 0], lossy)
     top = a.max(-1)
-    if lossy: return _binary(top)
+    if lossy: return _binary(top, lossy)
     if _one_colour(a) or _one_hue(a): return _binary(top)
     raise ValueError("a mask in colours: save the class numbers as grey values")
 
@@ -99,9 +105,11 @@ def _one_hue(a):
 
 def _see_through(rgba, lossy):
     "Labels in a picture with transparency (H, W, 4): opaque and not black, or opaque if all is black"
-    colour, alpha = rgba[..., :3], rgba[..., 3]
-    if not colour.any(): return _grey_labels(alpha, lossy) if alpha.min() < 255 else np.zeros(alpha.shape, np.int32)
-    return _colour_labels(np.where(alpha[..., None] > 127, colour, 0), lossy)
+    alpha = rgba[..., 3]
+    solid = alpha > alpha.max() / 2 # overlays are drawn with half of it
+    colour = np.where(solid[..., None], rgba[..., :3], 0)
+    if not colour.any(): return _grey_labels(alpha, lossy) if not solid.all() else np.zeros(alpha.shape, np.int32)
+    return _colour_labels(colour, lossy)
 
 # %% ../../nbs/02_data/03_masks.ipynb #97e3ee5a
 def _index_or_colour(im):
@@ -115,10 +123,12 @@ def _index_or_colour(im):
 
 def picture_mask(
     path, # of a picture
+    page:int=0, # of a TIFF stack
 ) -> np.ndarray: # (H, W) int32 labels
     "The labels in a picture file. Raises `ValueError` for several colours"
     with open_picture(path) as im:
         lossy = im.format in ('JPEG', 'MPO')
+        if page: im.seek(page)
         im = ImageOps.exif_transpose(im)
         if im.mode in ('P', 'PA'): im = _index_or_colour(im)
         if im.mode in ('LA', 'La', 'RGBa', 'PA') or im.mode != 'P' and 'transparency' in im.info:
@@ -136,20 +146,41 @@ def read_mask(
 ) -> list: # of (H, W) int32 labels as they stand in the file
     "The labels of every picture or slice in a file. Raises `ValueError` for colours and DICOM"
     kind = file_kind(path)
-    if kind == 'picture': return [picture_mask(path)]
+    if kind == 'picture': return [picture_mask(path, i) for i in page_numbers(path)]
     if kind != 'nifti': raise ValueError("a mask must be a picture or a NIfTI file")
     v, voxel, _ = read_block(path, axis)
     if v.shape[-1] != 1: raise ValueError(f"a NIfTI mask with {v.shape[-1]} channels; one label for each voxel is read")
     v = whole_labels(v[..., 0])
     return [square_voxels(s, voxel, cv2.INTER_NEAREST) for s in v]
 
+def _each(paths, axis):
+    "Masks of one image, one after the other. Raises `ValueError` if their sizes differ"
+    first = None
+    for p in paths:
+        mask = read_mask(p, axis)
+        first = first or [s.shape for s in mask]
+        if [s.shape for s in mask] != first: raise ValueError('its masks have different sizes')
+        yield mask
+
 def read_masks(
     paths, # masks of one image, e.g. one file for each lesion
     axis:int=2, # slices of a volume along this axis
 ) -> list: # of (H, W) int32 labels
     "Several masks of one image as one. Raises `ValueError` if their sizes differ"
-    first, *more = (read_mask(p, axis) for p in paths)
-    for other in more:
-        if [s.shape for s in other] != [s.shape for s in first]: raise ValueError('its masks have different sizes')
-        first = [np.maximum(a, b) for a, b in zip(first, other)]
-    return first
+    return reduce(lambda a, b: [*map(np.maximum, a, b)], _each(paths, axis))
+
+def read_objects(
+    paths, # masks of one image, one file for each object
+    axis:int=2, # slices of a volume along this axis
+) -> tuple: # two lists of (H, W) int32: labels; ids, 0 = none and 1, 2 … for objects in the order of their files
+    "Every label of every file as an object of its own; where two overlap, the smaller lies on top"
+    labels, ids, n = 0, None, 0
+    for mask in map(np.stack, _each(paths, axis)):
+        labels = np.maximum(labels, mask)
+        if ids is None: ids, sizes = np.zeros((2, mask.size), np.int32)
+        at = np.flatnonzero(mask)
+        own, which, count = np.unique(mask.ravel()[at], return_inverse=True, return_counts=True)
+        on = (sizes[at] == 0) | (count[which] < sizes[at])
+        ids[at[on]], sizes[at[on]] = which[on] + n + 1, count[which][on]
+        n += len(own)
+    return [*labels], [*ids.reshape(labels.shape)]

@@ -31,9 +31,10 @@ def _block(image):
 def _turned(v, affine):
     "The block in the directions right, front, top; and the sides of its voxels"
     import nibabel
+    if not np.isfinite(affine).all(): return v, np.ones(3) # no usable matrix
     sides = np.linalg.norm(affine[:3, :3], axis=0)
     turns = nibabel.io_orientation(affine)
-    if np.isnan(turns).any() or not np.isfinite(sides).all(): return v, np.ones(3) # no usable matrix
+    if np.isnan(turns).any(): return v, np.ones(3)
     out = np.ones(3)
     for i, (to, _) in enumerate(turns): out[int(to)] = sides[i]
     return nibabel.apply_orientation(v, turns), out

@@ -371,10 +371,11 @@ def _stack(name, parts):
     return np.concatenate(parts)
 
 def join(
-    *sets, # of one size and number of channels, with the same planes
+    *sets, # of one size and number of channels, with the same planes; instances that not all have are left out
 ) -> ImageData: # with the classes of the first
     "Several sets as one. Raises `ValueError` if they do not fit together"
     if not sets: raise ValueError('nothing to join')
+    if any('instances' not in d.planes for d in sets): sets = [d.with_planes(instances=None) for d in sets]
     first = sets[0]
     for d in sets[1:]:
         if (d.size, d.channels) != (first.size, first.channels):

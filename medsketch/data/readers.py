@@ -14,7 +14,7 @@ import numpy as np
 
 from .dicom import dicom_frames, dicom_subject, read_dicom
 from .files import FORMATS, Frames, LEAST_SIDE, MOST_BYTES, MOST_PIXELS, PICTURES, file_kind, one_line
-from .files import open_picture, read_picture, resize, shown, standardise, to_eight_bits
+from .files import open_picture, read_pages, read_picture, resize, shown, standardise, to_eight_bits
 from .masks import read_mask, read_masks
 from .nifti import nifti_frames, read_nifti
 
@@ -32,11 +32,12 @@ def read_file(
     if kind == 'dicom': return dicom_frames(path, window, limits, zscore)
     if kind == 'nifti': return nifti_frames(path, axis, window, zscore)
     if kind != 'picture': raise ValueError(f"not a picture, DICOM or NIfTI file: {shown(Path(path).name)}")
-    a = read_picture(path, window, bits)
+    pages = read_pages(path, window, bits)
+    a = np.stack(pages)
     low, high = float(a.min()), float(a.max())
-    if not zscore: return Frames([a], a.ndim == 3, low, high)
-    whole = np.dstack([standardise(c) for c in np.moveaxis(a, -1, 0)]) if a.ndim == 3 else standardise(a)
-    return Frames([whole], a.ndim == 3, low, high)
+    if not zscore: return Frames(pages, a.ndim == 4, low, high)
+    whole = np.stack([standardise(c) for c in np.moveaxis(a, -1, 0)], -1) if a.ndim == 4 else standardise(a)
+    return Frames([*whole], a.ndim == 4, low, high)
 
 def read_image(
     path, # a picture, a DICOM or a NIfTI file

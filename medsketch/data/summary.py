@@ -127,9 +127,10 @@ def contact_sheet(
     "Images of a set with their masks overlaid"
     if not len(ds): raise ValueError('the set is empty: nothing to show')
     batch = ds.batch(np.unique(np.linspace(0, len(ds) - 1, min(n, len(ds))).astype(int)))
-    marks = batch.get('mask', batch.get('instances'))
-    colours = PALETTE if 'mask' in batch else PALETTE[1:] # instances begin with a colour
-    if 'mask' in batch and ds.colours is not None: colours = ds.colours
+    one_class = 'mask' not in batch or len(ds.classes or ()) == 2
+    name = 'instances' if 'instances' in batch and one_class else 'mask'
+    marks, colours = batch.get(name), PALETTE if name == 'mask' else PALETTE[1:] # instances begin with a colour
+    if name == 'mask' and ds.colours is not None: colours = ds.colours
     tiles = [p if marks is None else overlay(p, marks[i].numpy(), colours) for i, x in enumerate(batch['image'])
              for p in _pictures(x)]
     each = 1 if ds.channels == 3 else ds.channels

@@ -10,8 +10,8 @@ __all__ = ['LARGE', 'style_codes', 'edge_histograms', 'sketch_pixels', 'SketchIn
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from math import comb
-from os.path import relpath
+from math import comb, prod
+from os.path import isabs, normpath, relpath, sep
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from skimage.feature import hog
 
-from ..core import add_labels, atomic_write, enlarge, grid, to_pixels, weights_name
+from ..core import add_labels, atomic_write, check_size, enlarge, grid, to_pixels, weights_name
 from ..data import ImageData
+from ..data.files import check_memory, one_line
 from .features import Extractor
 from .neighbours import nearest, pixel_features
 from ..models.encoder import SketchEncoder
@@ -110,6 +111,8 @@ class SketchIndex:
             ) -> tuple: # distances (M, k), ascending; which (M, k)
         "The images nearest to some vectors. Raises `ValueError` for fewer than k images"
         if not 1 <= k <= len(self): raise ValueError(f"the index holds {len(self)} images; {k} were asked for")
+        if codes.shape[1:] != self.codes.shape[1:]:
+            raise ValueError(f"vectors of {codes.shape[-1]} numbers, the index holds {self.codes.shape[1]}: index anew")
         return _search(self.codes, self._graph, codes, k)
 
     @cached_property
@@ -127,8 +130,8 @@ def index_sketches(
         raise ValueError("the set has no sketches: draw them first, with add_sketches or a recipe's sketch_all")
     parts = (range(i, min(i + 64, len(data))) for i in range(0, len(data), 64))
     codes = torch.cat([extractor(data.batch(rows)['sketch']) for rows in parts])
-    paths = list(data.paths) if root is None else [Path(relpath(p, root)).as_posix() for p in data.paths]
-    at = '' if root is None else str(Path(root).resolve())
+    at = '' if root is None else str(Path(root).expanduser().resolve())
+    paths = [Path(relpath(p, at)).as_posix() for p in data.paths] if at else list(data.paths)
     return SketchIndex(extractor, codes, paths, list(data.subjects), data.size, at)
 
 # %% ../../nbs/07_evaluate/17_retrieve.ipynb #f9fe4da5
@@ -171,6 +174,17 @@ def index_header(
     return found if fits else None
 
 # %% ../../nbs/07_evaluate/17_retrieve.ipynb #f31fec16
+def _index_tensors(path):
+    "The codes and the names in an index. Raises `ValueError` if they would take too much memory"
+    with safe_open(path, 'pt') as f:
+        size = {k: prod(f.get_slice(k).get_shape()) for k in ('codes', 'names')}
+        check_memory(size['codes'], 8, 'the codes'), check_memory(size['names'], 32, 'the names') # as Python's objects
+        return f.get_tensor('codes'), json.loads(f.get_tensor('names').numpy().tobytes())
+
+def _stays(path):
+    "Does a name lead to a file below the folder it is relative to?"
+    return not isabs(path) and normpath(path).split(sep)[0] != '..'
+
 def load_index(
     path, # a file that `save_index` wrote
     extractor:Extractor, # what made its vectors
@@ -181,14 +195,15 @@ def load_index(
     if head['by'] != extractor.name:
         raise ValueError(f"{path} was made by {head['by']}, not by {extractor.name}: pass that model, or index anew")
     try:
-        with safe_open(path, 'pt') as f: codes, names = f.get_tensor('codes'), f.get_tensor('names')
-        names = json.loads(names.numpy().tobytes())
+        codes, names = _index_tensors(path)
         paths, subjects, root = names['paths'], names['subjects'], names.get('root', '')
-        fits = codes.ndim == 2 and codes.dtype == torch.float32 and bool(codes.isfinite().all())
-        fits = fits and len(codes) == len(paths) == len(subjects) > 0
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError): fits = False
-    if not fits or not all(isinstance(x, str) for x in (*paths, *subjects, root)):
-        raise ValueError(f"{path} is damaged: index the images anew")
+        fits = codes.ndim == 2 and codes.dtype == torch.float32 and codes.numel() and bool(codes.isfinite().all())
+        fits = fits and len(codes) == len(paths) == len(subjects) > 0 and check_size(head['size'])
+        fits = fits and all(isinstance(x, str) and '\0' not in x for x in (*paths, *subjects, root))
+        fits = fits and (not root or not isabs(root) and all(map(_stays, paths)))
+        if not fits: raise ValueError('not what save_index writes')
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({one_line(e)}): index the images anew") from None
     root = root and str((Path(path).resolve().parent/root).resolve())
     return SketchIndex(extractor, codes, paths, subjects, head['size'], root)
 
