@@ -180,6 +180,8 @@ def test_a_part_that_fails_is_said(monkeypatch, capsys):
         out = capsys.readouterr().out
         assert end.value.code == wanted
         assert all(f"part {i}" in out and f"exit status {i}" in out for i in range(len(found))), out
+        last = [line for line in out.splitlines() if line.startswith("failed == ")]
+        assert len(last) == len(found) - 1  # once more, after everything else
 
 
 def fake_project(tmp_path, monkeypatch, module, source):

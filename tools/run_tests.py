@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
+LAST = 60  # lines of a part that failed, shown again where a reader of a long log begins: at its end
 PARTS = 10  # of the test files: more cost more imports, fewer leave a core idle at the end
 
 
@@ -50,19 +51,21 @@ def run(command: list) -> tuple:
 
 
 def main():
-    "Show what each part said as soon as it is done; the exit status is 1 if any failed"
-    status = 0
+    "Show what each part said as soon as it is done, those that failed once more at the end; exit status 1 if any did"
+    bad = []
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(run, c) for c in commands(sys.argv[1:])]
         try:
             for job in as_completed(jobs):
                 failed, said = job.result()
-                status |= failed != 0
+                bad += [said] if failed else []
                 print(said, flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    sys.exit(status)
+    for said in bad:
+        print("\n".join(["", "failed " + said.splitlines()[0], *said.splitlines()[1:][-LAST:]]), flush=True)
+    sys.exit(bool(bad))
 
 
 if __name__ == "__main__":
