@@ -81,7 +81,7 @@ def _keep(got, labels, spill):
     "The samples of a case, their arrays put away"
     for s in got.samples:
         codes = None if s.labels is None else labels.encode(s.labels, s.values, got.case.mask)
-        fact = {'side': list(map(int, s.side)), 'low': s.low, 'high': s.high}
+        fact = {'side': list(map(int, s.side)), 'low': s.low, 'high': s.high, 'colour': bool(s.colour)}
         yield _Kept(s.name, got.subject, got.known, len(s.pixels), s.colour, *map(spill.put, (s.pixels, codes, s.ids)),
                     fact)
 
