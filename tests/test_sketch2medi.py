@@ -331,3 +331,10 @@ def test_sketches_of_the_data_are_enough_to_begin(data):
         with pytest.raises(ValueError, match='no S is trained'):
             make(segment_steps=0).check_ready({stage}, plain)
     make(segment_steps=0).check_ready({'gan', 'moco'}, plain)
+
+
+def test_a_number_of_classes_that_was_given_stays(trained):
+    "S may know more classes than are wanted: it is said when its weights do not fit, and never changed silently"
+    r = make(classes=5)
+    r.shape_like({'S': trained[1]})
+    assert r.config['classes'] == 5
