@@ -147,7 +147,7 @@ def cache_dir() -> Path: # the folder; it need not exist yet
     home = {'win32': Path(os.environ.get('LOCALAPPDATA', '~/AppData/Local')), 'darwin': Path('~/Library/Caches')}
     return home.get(sys.platform, Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')).expanduser() / 'medsketch'
 
-MEANING = 2 # of the stored pixels: raise it when they change
+MEANING = 3 # of the stored pixels: raise it when they change
 
 def _stat(path):
     try:
