@@ -189,6 +189,9 @@ OPTIONS = {
     DC + "--channels 0": (1, "at least 1"),
     DC + "--channels 99": (1, "at most"),
     DC + "--channels 1 --set channels=3": (1, "say it once"),
+    DC + "--seed 1 --set seed=2": (1, "--set seed=2 and --seed 1: say it once"),
+    DC + "--size 32 --set size=64": (1, "--set size=64 and --size 32: say it once"),
+    SKR + "--style generic --set style=fundus": (1, "say it once"),
     DC + "--style fundus": (1, "no argument 'style'"),
     DC + "--stages paint": (1, "no stage is called 'paint'"),
     DC + "--stages ''": (1, "--stages is empty"),
@@ -272,6 +275,9 @@ SOURCES = {
     "inspect {photos} --channels -1": (1, "--channels -1"),
     "inspect {photos} --out {photos}/sheet.png": (1, "inside"),
     "inspect {photos} --out {text}": (1, "already"),
+    "inspect {photos} --out sheet.jpg": (1, "the contact sheet is a .png"),
+    "inspect {photos} --out sheet": (1, "the contact sheet is a .png"),
+    "inspect 'a\0b'": (1, "cannot be the name of a file"),
     "inspect": (2, "'data'"),
 }
 
@@ -285,6 +291,7 @@ OUTPUTS = {
     "render {renderer} --sketches {drawn} --out {drawn}": (1, "both input and output"),
     "render {renderer} --sketches {drawn} --out {drawn}/r": (1, "inside"),
     "render {renderer} --sketches {drawn} --out ''": (1, "empty"),
+    "render {run} --sketches {drawn} --out {run}": (1, "both input and output"),
     "render {renderer} --sketches '' --out x": (1, "--sketches is empty"),
     "train dcgan --data {photos} --out {photos} --scale tour": (1, "both"),
     "train dcgan --data {photos} --out {photos}/run --scale tour": (1, "inside"),

@@ -1331,6 +1331,64 @@ def test_a_loader_with_processes_and_monai_transforms():
     )
 
 
+WRITTEN = {
+    'commas': 'image,mask\na.png,m.png\n',
+    'semicolons': 'image;mask\na.png;m.png\n',
+    'tabs': 'image\tmask\na.png\tm.png\n',
+    'capitals': 'Image,MASK\na.png,m.png\n',
+    'blanks': ' image , mask \n a.png , m.png \n',
+    'a mark in front': '\ufeffimage,mask\r\na.png,m.png\r\n',
+    'empty columns': 'image,mask,,\na.png,m.png,,\n',
+    'more than it says': 'image,mask\na.png,m.png,x,y\n',
+    'empty lines': '\n\nimage,mask\n\na.png,m.png\n\n',
+}
+
+
+@pytest.mark.parametrize('table', WRITTEN)
+def test_tables_as_programs_write_them(tmp_path, table):
+    put(tmp_path / 'a.png'), put(tmp_path / 'm.png', FORE), put(tmp_path / 'other.png')
+    (tmp_path / 'manifest.csv').write_text(WRITTEN[table], 'utf-8')
+    ds = load(tmp_path)
+    assert len(ds) == 1 and ((ds.masks[0] > 0) == DISC).all()
+
+
+def test_a_column_that_is_there_twice_is_said(tmp_path):
+    put(tmp_path / 'a.png')
+    (tmp_path / 'manifest.csv').write_text('image,Image\na.png,b.png\n')
+    with pytest.raises(ValueError, match="several columns 'image'"):
+        load(tmp_path)
+
+
+def test_three_contrasts_are_no_colours(tmp_path):
+    for k, name in enumerate('abc'):
+        put(tmp_path / f'{name}.png', np.roll(NOISE, k, 0))
+    (tmp_path / 'manifest.csv').write_text('image,extra\na.png,b.png;c.png\n')
+    for cache in ('memory', 'disk', 'disk'):
+        ds = load(tmp_path, cache=cache)
+        assert summarise(ds).meaning == '3 contrasts' and contact_sheet(ds).shape[1] > 2.9 * contact_sheet(ds).shape[0]
+    put(tmp_path / 'd/a.png', np.dstack([NOISE, NOISE // 2, NOISE])), put(tmp_path / 'd/b.png')
+    assert summarise(load(tmp_path / 'd')).meaning == summarise(phantom_data('fundus', 2, S)).meaning == 'RGB'
+
+
+def test_a_link_to_a_place_that_may_not_be_looked_at_is_passed_over(tmp_path, monkeypatch):
+    put(tmp_path / 'a.png')
+    (tmp_path / 'link').symlink_to('elsewhere')
+
+    class Forbidden:
+        "As the entry of a link below a folder of somebody else"
+
+        name = 'link'
+
+        def is_dir(self):
+            raise PermissionError('link')
+
+        is_file = is_dir
+
+    scan = os.scandir
+    monkeypatch.setattr(os, 'scandir', lambda p: [*(e for e in scan(p) if e.name != 'link'), Forbidden()])
+    assert len(load(tmp_path)) == 1
+
+
 # The summary
 
 

@@ -320,3 +320,21 @@ def test_without_sketches_no_stage_begins(data, tmp_path):
     with pytest.raises(ValueError, match='no S is trained'):
         train(make(segment_steps=0), data.with_planes(mask=None), tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
+
+
+def test_sketches_of_the_data_are_enough_to_begin(data):
+    "Without masks, and without S"
+    plain = data.with_planes(mask=None)
+    sketches = np.zeros((len(data), data.size, data.size), np.uint8)
+    make(segment_steps=0).check_ready({'encoder', 'refine'}, plain.with_sketches(sketches))
+    for stage in ('encoder', 'refine'):
+        with pytest.raises(ValueError, match='no S is trained'):
+            make(segment_steps=0).check_ready({stage}, plain)
+    make(segment_steps=0).check_ready({'gan', 'moco'}, plain)
+
+
+def test_a_number_of_classes_that_was_given_stays(trained):
+    "S may know more classes than are wanted: it is said when its weights do not fit, and never changed silently"
+    r = make(classes=5)
+    r.shape_like({'S': trained[1]})
+    assert r.config['classes'] == 5

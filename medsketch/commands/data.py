@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from .tools import apart, check_count, disk, distinct, free, going_on, load_source, report
-from .tools import shown, tell
+from .tools import need_text, shown, tell
 
 # %% ../../nbs/11_cli/02_data.ipynb #ef46186a
 def drawn(
@@ -83,6 +83,7 @@ def _sheet(data, out):
     "Where the contact sheet goes: never among the images, never over another file"
     if out is not None:
         apart(out, data), free([out])
+        if Path(out).suffix.lower() != '.png': raise ValueError(f"--out {out}: the contact sheet is a .png")
         return Path(out)
     here, source = Path.cwd(), Path(os.path.realpath(data))
     if here == source or source in here.parents: here = Path(tempfile.gettempdir())
@@ -106,7 +107,7 @@ def inspect(data:str=typer.Argument(help="folder of images, or phantoms:fundus a
     from medsketch.core import save_png
     from medsketch.data import contact_sheet
     check_count('--n', n, 1, 1000)
-    sheet = _sheet(data, out)
+    sheet = _sheet(need_text('the folder', data), out)
     ds = _with_masks(data, size, channels)
     tell('\n'.join(map(shown, understood(ds, brief=False))))
     with disk(lambda: 'nothing is written'): save_png(sheet, contact_sheet(ds, n))

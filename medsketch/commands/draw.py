@@ -249,6 +249,7 @@ def render(run:str=typer.Argument(help="folder of a run, a .safetensors file, a 
     "Render a folder of sketches; images have the shape of their sketches."
     from medsketch.pretrained import load
     from medsketch.sketch import read_drawing
+    apart(out, run, deep=False) # a run's folder takes no other images
     place, r, n, skipped = apart(out, sketches), load(find_run(run)), 0, []
     if 'sketch' not in signature(getattr(r, 'render', print)).parameters:
         raise ValueError(f"recipe {r.name} does not render sketches")

@@ -59,20 +59,25 @@ def started(
     cls = recipe_class(name)
     for option in ('data', 'out'):
         if asked.get(option) is None: raise Usage(f"Missing option '--{option}'.")
-    told = settings_of(asked.get('change')) | _given(asked, ('size', 'style', 'seed'))
+    told = _told(settings_of(asked.get('change')), _given(asked, ('size', 'style', 'seed')))
     check_arguments(cls, told)
     options = _given(asked, NOTED)
     if 'init' in options: options['init'] = init_of(options['init'])
     settings = _settings(cls, asked, told, options)
     if 'channels' in told: options.setdefault('channels', told['channels'])
-    if told.get('channels', options.get('channels')) != options.get('channels'):
-        raise ValueError(f"--set channels={told['channels']} and --channels {options['channels']}: say it once")
+    _told(told, {k: options[k] for k in ('channels',) if k in options})
     data = str(asked['data'])
     if data.strip() and not data.startswith('phantoms:'): data = str(Path(data).expanduser().resolve())
     return Job(cls, settings, data, Path(need_text('--out', asked['out'])).expanduser(), options, asked.get('stages'),
                asked.get('minutes'), told=told)
 
 # %% ../../nbs/11_cli/05_train.ipynb #50dd5ff1
+def _told(settings, options):
+    "Both together. Raises `ValueError` if an option and `--set` contradict each other"
+    for k in options.keys() & settings.keys():
+        if options[k] != settings[k]: raise ValueError(f"--set {k}={settings[k]} and --{k} {options[k]}: say it once")
+    return settings | options
+
 def _settings(cls, asked, told, options):
     "The recipe's arguments: of the scale, of the weights it starts from, of the steps, and those that were given"
     from medsketch.recipes.arguments import check_arguments

@@ -47,6 +47,11 @@ class Case:
         return () if self.mask is None else (self.mask, *self.more_masks)
 
 # %% ../../nbs/02_data/05_cases.ipynb #af668cc0
+def _can_see(what):
+    "`what()`, or False for a link to a place that may not be looked at"
+    try: return what()
+    except OSError: return False
+
 def files_below(
     folder:Path,
 ) -> list: # of paths, in a fixed order
@@ -60,8 +65,8 @@ def files_below(
         try: entries = sorted(os.scandir(here), key=lambda e: e.name)
         except OSError: continue
         entries = [e for e in entries if not e.name.startswith('.') and e.name != '__MACOSX']
-        todo += sorted((here / e.name for e in entries if e.is_dir()), key=lambda p: p.is_symlink())
-        out += [here / e.name for e in entries if e.is_file() and file_kind(here / e.name)]
+        todo += sorted((here / e.name for e in entries if _can_see(e.is_dir)), key=lambda p: p.is_symlink())
+        out += [here / e.name for e in entries if _can_see(e.is_file) and file_kind(here / e.name)]
     return sorted(out)
 
 @dataclass(frozen=True)
@@ -91,17 +96,27 @@ def find(
     return Found(path.parent, (path,) if file_kind(path) else (), single=True)
 
 # %% ../../nbs/02_data/05_cases.ipynb #0dcea066
+def _delimiter(text):
+    "What stands between the columns of the first line: Excel writes semicolons where the comma marks decimals"
+    first = text.strip().partition('\n')[0]
+    return next((d for d in ',;\t' if d in first), ',')
+
 def _rows_of(table):
     "The rows of a table as dictionaries. Raises `ValueError` in one line for anything that is no table"
     data = table.read_bytes()
     encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
-    try: rows = list(csv.DictReader(io.StringIO(data.decode(encoding), newline='')))
+    try:
+        text = data.decode(encoding)
+        rows = list(csv.reader(io.StringIO(text, newline=''), delimiter=_delimiter(text)))
     except UnicodeDecodeError: raise ValueError(f"{shown(table)} is not UTF-8 text: save it as CSV UTF-8") from None
     except csv.Error as e: raise ValueError(f"{shown(table)} is no table that can be read: {shown(e)}") from None
-    if rows and 'image' not in rows[0]:
-        raise ValueError(f"{shown(table)} has no column 'image'; its columns are {shown(', '.join(map(str, rows[0])))}")
-    return [{k: (v or '').strip() for k, v in r.items() if isinstance(k, str) and not isinstance(v, list)}
-            for r in rows]
+    rows = [[v.strip() for v in r] for r in rows if r]
+    names = [name.lower() for name in rows[0]] if rows else ['image']
+    if twice := [n for n, k in Counter(names).items() if n and k > 1]:
+        raise ValueError(f"{shown(table)} has several columns {shown(twice[0])!r}: name each once")
+    if 'image' not in names:
+        raise ValueError(f"{shown(table)} has no column 'image'; its columns are {shown(', '.join(rows[0]))}")
+    return [dict(zip(names, r)) for r in rows[1:]]
 
 def _below(root, name, line, table, outside):
     "A path of a table. Raises `ValueError` if it leads out of the table's folder"

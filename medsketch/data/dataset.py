@@ -81,7 +81,7 @@ def _keep(got, labels, spill):
     "The samples of a case, their arrays put away"
     for s in got.samples:
         codes = None if s.labels is None else labels.encode(s.labels, s.values, got.case.mask)
-        fact = {'side': list(map(int, s.side)), 'low': s.low, 'high': s.high}
+        fact = {'side': list(map(int, s.side)), 'low': s.low, 'high': s.high, 'colour': bool(s.colour)}
         yield _Kept(s.name, got.subject, got.known, len(s.pixels), s.colour, *map(spill.put, (s.pixels, codes, s.ids)),
                     fact)
 
@@ -147,7 +147,7 @@ def cache_dir() -> Path: # the folder; it need not exist yet
     home = {'win32': Path(os.environ.get('LOCALAPPDATA', '~/AppData/Local')), 'darwin': Path('~/Library/Caches')}
     return home.get(sys.platform, Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')).expanduser() / 'medsketch'
 
-MEANING = 2 # of the stored pixels: raise it when they change
+MEANING = 3 # of the stored pixels: raise it when they change
 
 def _stat(path):
     try:

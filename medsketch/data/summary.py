@@ -51,6 +51,10 @@ def _reasons(skipped):
     for path, reason in skipped: reasons.setdefault(reason, []).append(Path(path).name)
     return sorted(((r, len(p), shown(p[0])) for r, p in reasons.items()), key=lambda x: -x[1])
 
+def _coloured(ds):
+    "Are the channels red, green and blue?"
+    return ds.channels == 3 and any(ds.facts.get('colour', [True]))
+
 def summarise(
     ds, # an `ImageData`, best straight from `load_images`
 ) -> Summary:
@@ -60,7 +64,7 @@ def summarise(
     sides = Counter(map(tuple, facts['side'])).most_common() if 'side' in facts else [((ds.size, ds.size), len(ds))]
     served = (float(np.min(ds.images)), float(np.max(ds.images))) if 'low' not in facts and len(ds) else (0., 0.)
     values = (min(facts['low']), max(facts['high'])) if facts.get('low') else served
-    meaning = {1: 'grey', 3: 'RGB'}.get(ds.channels, f'{ds.channels} contrasts')
+    meaning = 'grey' if ds.channels == 1 else 'RGB' if _coloured(ds) else f'{ds.channels} contrasts'
     planes = {k: (ds.kinds[k], str(np.dtype(a.dtype))) for k, a in ds.planes.items() if k != 'image'}
     return Summary(len(ds), ds.size, ds.channels, meaning, len(set(ds.subjects)), ds.subjects_known, planes, classes,
                    with_mask,
@@ -113,10 +117,10 @@ def overlay(
     out = np.where((mask > 0)[..., None], pixels * (1 - strength) + tint * strength, pixels)
     return np.where((edge & (mask > 0))[..., None], tint, out).round().astype(np.uint8)
 
-def _pictures(image):
+def _pictures(image, colour):
     "An image (C, H, W) in [-1, 1] as RGB pictures: one, or one for each contrast"
     a = to_uint8(image)
-    if a.shape[-1] == 3: return [a]
+    if colour: return [a]
     return [np.repeat(a[..., c:c + 1], 3, -1) for c in range(a.shape[-1])]
 
 def contact_sheet(
@@ -132,8 +136,8 @@ def contact_sheet(
     marks, colours = batch.get(name), PALETTE if name == 'mask' else PALETTE[1:] # instances begin with a colour
     if name == 'mask' and ds.colours is not None: colours = ds.colours
     tiles = [p if marks is None else overlay(p, marks[i].numpy(), colours) for i, x in enumerate(batch['image'])
-             for p in _pictures(x)]
-    each = 1 if ds.channels == 3 else ds.channels
+             for p in _pictures(x, _coloured(ds))]
+    each = 1 if _coloured(ds) else ds.channels
     columns = each * max(1, round(np.sqrt(len(tiles) * 1.5) / each))
     side = max(width // min(columns, len(tiles)) - 2, 16)
     fit = cv2.INTER_AREA if side < ds.size else cv2.INTER_NEAREST
