@@ -185,13 +185,15 @@ def _averages(state):
     return {k: net for name, s in state['callbacks'].items() if name.startswith('Ema') for k, net in s['nets'].items()}
 
 def with_levels(
-    net, # a network with a block for each doubling, or any other
+    net, # a network with a block for each doubling, one that wraps such a network, or any other
     found:dict, # {tensor's name: tensor}
 ) -> dict: # {tensor's name: tensor}
     "What was found; if it is of a smaller network, with the net's own tensors for the doublings that it lacks"
-    if not hasattr(net, 'level'): return found
-    top = max(map(net.level, found), default=0)
-    return {n: t for n, t in net.state_dict().items() if net.level(n) > top} | found
+    within = next((p for p, m in net.named_modules() if hasattr(m, 'level')), None)
+    if within is None: return found
+    level = lambda name: net.get_submodule(within).level(name.removeprefix(f'{within}.'))
+    top = max(map(level, found), default=0)
+    return {n: t for n, t in net.state_dict().items() if level(n) > top} | found
 
 def start_from(
     nets:dict, # {name: module}, all networks of a recipe
