@@ -509,16 +509,16 @@ def test_a_folder_of_cases_to_edit(tmp_path):
 
 
 def test_other_weights_bring_another_pad_and_keep_the_strokes(tmp_path):
-    app = paints(tmp_path, models=[tmp_path / 'eyes.safetensors'])
+    app = paints(tmp_path, models=[tmp_path / 'mine.safetensors'])
     draw(app, (50, 50), (400, 300))
     sketch = app.pad.sketch()
     r = tiny()
-    r.save(tmp_path / 'eyes.safetensors')
-    app.model.value = str(tmp_path / 'eyes.safetensors')
+    r.save(tmp_path / 'mine.safetensors')
+    app.model.value = str(tmp_path / 'mine.safetensors')
     assert app.pad.drawing.classes == ('background', 'stroke') and (app.pad.sketch() == sketch).all()
     assert (pixels(app) == as_picture(r.render(sketch)[0])).all()
-    assert '<span>eyes: rendered' in app.status.value and '>eyes: synthetic' in app.caption.value
-    assert f'title="{tmp_path}/eyes.safetensors"' in app.caption.value
+    assert '<span>mine: rendered' in app.status.value and '>mine: synthetic' in app.caption.value
+    assert f'title="{tmp_path}/mine.safetensors"' in app.caption.value
     tell(app, 'recall 1')
     assert app.pad.drawing.classes[1:] == ('ovary', 'follicle') and (app.pad.sketch() == sketch).all()
 
