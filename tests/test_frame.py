@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medsketch.data import ImageData, phantom_data
-from medsketch.recipes import DCGAN, PGGAN, RECIPES, DualGAN, Recipe, SkrGAN, load_recipe
+from medsketch.recipes import DCGAN, PGGAN, RECIPES, DualGAN, Recipe, SkrGAN, load_recipe, recipe_class
 from medsketch.recipes.skrgan import JointLosses
 from medsketch.train.adversarial import Adversarial, RenderLosses
 from medsketch.train.callbacks import Callback
 from medsketch.train.stages import Stage, read_config
 from medsketch.train.trainer import Phase, make_accelerator
+from medsketch.train.weights import start_from, write_weights
 
 os.environ['ACCELERATE_USE_CPU'] = 'true'  # "to the last bit" is a promise for the CPU
 
@@ -450,3 +451,14 @@ def test_networks_of_other_stages_go_where_training_happens_too(data, monkeypatc
     monkeypatch.setattr(Recipe, 'to', lambda self, device: moved.append(device) or to(self, device))
     SkrGAN(**SKR).fit(data, stages=['render'], progress=False)
     assert moved == [make_accelerator().device]
+
+
+@pytest.mark.parametrize('name', sorted(RECIPES))
+def test_every_recipe_starts_from_all_networks_of_its_own_kind(tmp_path, name):
+    make = lambda seed: recipe_class(name).preset('tour', seed=seed)
+    a, b = make(0), make(1)
+    write_weights(tmp_path / 'a.safetensors', a.nets, {'recipe': name, 'config': a.config})
+    taken = start_from(b.nets, tmp_path / 'a.safetensors')
+    assert taken.keys() == {k for k, n in a.nets.items() if n.state_dict()}
+    for k in taken:
+        assert all((t == b.nets[k].state_dict()[n]).all() for n, t in a.nets[k].state_dict().items())

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from ..core import atomic_write, weights_name
+from ..models.pggan import Doubling
 from .checkpoints import newest_checkpoint
 
 # %% ../../nbs/05_train/07_weights.ipynb #13056416
@@ -189,9 +190,9 @@ def with_levels(
     found:dict, # {tensor's name: tensor}
 ) -> dict: # {tensor's name: tensor}
     "What was found; if it is of a smaller network, with the net's own tensors for the doublings that it lacks"
-    within = next((p for p, m in net.named_modules() if hasattr(m, 'level')), None)
-    if within is None: return found
-    level = lambda name: net.get_submodule(within).level(name.removeprefix(f'{within}.'))
+    grows = [p for p, m in net.named_modules() if isinstance(m, Doubling)]
+    if not grows: return found
+    level = lambda name: Doubling.level(name.removeprefix(f'{grows[0]}.'))
     top = max(map(level, found), default=0)
     return {n: t for n, t in net.state_dict().items() if level(n) > top} | found
 
