@@ -244,6 +244,8 @@ def what_is_drawn(
     drawn = [sketch_variants(pixels_of(held, i), mask(i), recipe.config['style']) for i in range(len(held))]
     return {k: torch.from_numpy(np.stack([d[k] for d in drawn]))[:, None].float() for k in drawn[0]}
 
+def _mean_image(data): return torch.from_numpy(np.asarray(data.images, np.float32).mean(0)) / 127.5 - 1
+
 def score_renderer(
     recipe, # a `Recipe` that renders
     train, # images it was trained on, an `ImageData`
@@ -251,7 +253,7 @@ def score_renderer(
 ) -> dict: # variants: {name: (L1, MS-SSIM)}, mean_image: the same, seen: `render_scores`; held, trained: images
     "What a renderer scores on images it has not seen"
     real, drawn = held.batch(range(len(held)))['image'], what_is_drawn(recipe, held)
-    mean = torch.from_numpy(np.asarray(train.images, np.float32).mean(0)) / 127.5 - 1
+    mean = _mean_image(train)
     score = lambda x: ((x - real).abs().mean().item(), ms_ssim(x, real))
     rows = {k: score(recipe.render(s)) for k, s in drawn.items()}
     first = next(drawn[k] for k in ('mask', 'sharp', 'mask and sketch') if k in drawn)
@@ -262,16 +264,12 @@ def score_encoder(
     recipe, # a `PGGAN` with masks and an encoder
     train, # images it was trained on, an `ImageData`
     held, # images held back
-) -> dict: # as from `score_renderer`, and drawn, as from `score_generator`
-    "How near codes of images that it has not seen come back, and what is drawn from noise"
-    k, real, mean = recipe.labels[0], train.batch(range(len(train))), np.asarray(train.images).mean(0)
-    back = reconstruction_scores(reconstructions(recipe, held, search=200), held, k)
+) -> dict: # as from `score_renderer`, with the Dice of the vessels in place of MS-SSIM
+    "How near images that it has not seen come back through their codes"
+    back = reconstruction_scores(reconstructions(recipe, held, search=200), held, recipe.labels[0])
     rows = {n: (s['l1'].mean().item(), s['dice'].mean().item()) for n, s in back.items()}
-    pair = lambda x: dict(sketch=(x['mask'] == k)[:, None].cpu().float(), image=x['image'].cpu())
-    drawn = generator_scores(pair(recipe.sample(128, seed=0)), pair(real), train.subjects)
-    least = (torch.as_tensor(mean / 127.5 - 1) - held.batch(range(len(held)))['image']).abs().mean().item()
-    return dict(variants=rows, mean_image=(least, 0.), seen={}, held=len(held), trained=len(train),
-                drawn=drawn | dict(n=128, features='8 × 8 thumbnails'))
+    least = (_mean_image(train) - held.batch(range(len(held)))['image']).abs().mean().item()
+    return dict(variants=rows, mean_image=(least, 0.), seen={}, held=len(held), trained=len(train))
 
 # %% ../nbs/09_pretrained.ipynb #a7c1d2e3
 def score_generator(
@@ -281,10 +279,13 @@ def score_generator(
     n:int=128, # images to draw
 ) -> dict: # `generator_scores`, and how many were drawn and with which features; empty for a renderer alone
     "What a whole generator draws from noise, against the images it was trained on"
-    if 'G_S' not in getattr(recipe, 'shared', ()): return {}
-    made = {k: v.cpu() for k, v in recipe.sample(n, seed=0).items()}
-    data = add_sketches(train, style=recipe.config['style'])
-    scores = generator_scores(made, data.batch(range(len(data))), data.subjects, extractor)
+    maps = getattr(recipe, 'labels', [])
+    if not maps and 'G_S' not in getattr(recipe, 'shared', ()): return {}
+    data = train if maps else add_sketches(train, style=recipe.config['style'])
+    lines = lambda x: (x['mask'] == maps[0])[:, None].float() if maps else x['sketch']
+    pair = lambda x: dict(sketch=lines(x).cpu(), image=x['image'].cpu())
+    real = pair(data.batch(range(len(data))))
+    scores = generator_scores(pair(recipe.sample(n, seed=0)), real, data.subjects, extractor)
     return scores | dict(n=n, features=extractor.name if extractor else '8 × 8 thumbnails')
 
 # %% ../nbs/09_pretrained.ipynb #3fd30e30
@@ -303,8 +304,8 @@ def pack(
     path = folder/f'{name}.safetensors'
     r.save(path, half=True)
     packed, (train, held) = load_recipe(path), pretraining_data(name, data)
-    s = (score_encoder(packed, train, held) if 'E' in packed.nets else
-         score_renderer(packed, train, held) | dict(drawn=score_generator(packed, train, extractor)))
+    score = score_encoder if 'E' in packed.nets else score_renderer
+    s = score(packed, train, held) | dict(drawn=score_generator(packed, train, extractor))
     with atomic_write(folder/f'{name}.md') as f: f.write(_card(name, p, r, s, path).encode())
     return path
 
