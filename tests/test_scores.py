@@ -45,7 +45,7 @@ from medsketch.evaluate.moco import (
     save_moco,
     train_moco,
 )
-from medsketch.evaluate.paired import class_scores, dists, lpips, segmentation_scores
+from medsketch.evaluate.paired import class_scores, dists, iqa, lpips, segmentation_scores
 
 REFS = Path(__file__).parent / 'refs'
 
@@ -663,6 +663,30 @@ def test_perceptual_scores_say_what_is_missing(score, monkeypatch):
         monkeypatch.setattr(m, '_TORCHVISION_AVAILABLE', False)
     with pytest.raises(ImportError, match=r'medsketch\[iqa\]'):
         score(x, x)
+
+
+def test_scores_of_pyiqa(monkeypatch):
+    "Images go in as RGB in [0, 1], with their partners only where they have any"
+
+    class Metric(nn.Linear):
+        def forward(self, *images):
+            assert all(x.shape[1] == 3 and x.min() >= 0 and x.max() <= 1 for x in images)
+            return torch.stack([x.mean((1, 2, 3)) for x in images]).sum(0)[:, None] * 10 ** len(images)
+
+    asked = []
+    make = lambda name: asked.append(name) or Metric(1, 1)
+    monkeypatch.setitem(sys.modules, 'pyiqa', SimpleNamespace(create_metric=make))
+    x = torch.linspace(-1, 1, 10)[:, None, None, None].expand(10, 1, 8, 8)
+    torch.testing.assert_close(iqa('TReS', x, chunk=4), (x[:, 0, 0, 0] + 1) * 5)
+    torch.testing.assert_close(iqa('ST-LPIPS', x, -x), torch.full([10], 100.0))
+    assert asked == ['tres', 'stlpips']
+    with pytest.raises(ValueError, match="no score called 'tres'.*TReS"):
+        iqa('tres', x)
+    with pytest.raises(ValueError, match='one to one'):
+        iqa('ST-LPIPS', x, x[:1])
+    monkeypatch.setitem(sys.modules, 'pyiqa', None)
+    with pytest.raises(ImportError, match=r'TReS needs.*medsketch\[iqa\]'):
+        iqa('TReS', x)
 
 
 def test_a_network_that_cannot_be_downloaded():

@@ -14,11 +14,11 @@ import torch
 
 from .distances import fid
 from .metrics import check_pair
-from .paired import Absent, dists, lpips
+from .paired import Absent, dists, iqa, lpips
 from ..sketch.freehand import freehand
 
 # %% ../../nbs/07_evaluate/15_levels.ipynb #bf23e471
-BETTER = {'FID': 'lower', 'Dice': 'higher', 'L1': 'lower', 'LPIPS': 'lower', 'DISTS': 'lower'}
+BETTER = dict.fromkeys(('FID', 'L1', 'LPIPS', 'DISTS', 'ST-LPIPS'), 'lower')  # of the others more is better
 
 def table_scores(
     agreement=None, # agreement(real, made) -> Dice of the objects in both, such as `Sketch2MedI.agreement`
@@ -27,7 +27,10 @@ def table_scores(
     "The columns of Table I that can be computed here"
     out = {'L1': lambda made, real: (made - real).abs().mean().item(),
            'LPIPS': lambda made, real: lpips(made, real).mean().item(),
-           'DISTS': lambda made, real: dists(made, real).mean().item()}
+           'DISTS': lambda made, real: dists(made, real).mean().item(),
+           'ST-LPIPS': lambda made, real: iqa('ST-LPIPS', made, real).mean().item(),
+           'TReS': lambda made, real: iqa('TReS', made).mean().item(),
+           'CLIP-IQA': lambda made, real: iqa('CLIP-IQA', made).mean().item()}
     if extractor: out['FID'] = lambda made, real: fid(extractor(real), extractor(made))
     if agreement: out['Dice'] = lambda made, real: agreement(real, made)
     return out
