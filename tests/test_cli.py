@@ -271,7 +271,10 @@ def test_a_mistake_is_one_line(medsketch, photos, trained, tmp_path, line):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.parametrize("line", ["sample {run}", "sample {run}/weights.safetensors", "export {run} --n 4", "render {run}"])
+INTO_DATA = ["sample {run}", "sample {run}/weights.safetensors", "export {run} --n 4", "render {run}"]
+
+
+@pytest.mark.parametrize("line", INTO_DATA)
 def test_results_never_lie_among_the_images_of_the_run(medsketch, trained, photos, tmp_path, line):
     "The next training would read them"
     (tmp_path / "in").mkdir()
@@ -282,6 +285,22 @@ def test_results_never_lie_among_the_images_of_the_run(medsketch, trained, photo
         assert status == 1 and err.startswith(f"medsketch: {out} ") and err.count("\n") == 1
         assert "inside" in err or "both input and output" in err
     assert not (photos / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder", "file", "jpeg"])
+def test_a_picture_never_takes_the_place_of_something_else(medsketch, photos, tmp_path, kind):
+    "A device, too, is there to stay"
+    out = tmp_path / ("out.jpg" if kind == "jpeg" else "out.png")
+    os.mkfifo(tmp_path / "pipe")
+    link = lambda p: p.symlink_to("pipe")
+    make = {"pipe": os.mkfifo, "link to a pipe": link, "folder": Path.mkdir, "file": Path.touch}
+    make.get(kind, lambda p: None)(out)
+    before = os.lstat(out) if kind != "jpeg" else None
+    for line in (f"privacy {photos} {photos} --size 32 --out {out}", f"inspect {photos} --size 32 --out {out}"):
+        status, _, err = medsketch(line)
+        assert status == 1 and err.count("\n") == 1 and "--overwrite" not in err  # there is no such option
+        assert ("is a .png" if kind == "jpeg" else "is there already") in err
+        assert out.exists() == (kind != "jpeg") and (before is None or os.lstat(out) == before)
 
 
 def test_weights_of_another_recipe_or_none(medsketch, trained, tmp_path):

@@ -1518,3 +1518,17 @@ def test_a_contact_sheet_shows_masks_on_images(kind):
     assert contact_sheet(ImageData(ds.images.astype(np.float32) / 127.5 - 1)).any()
     with pytest.raises(ValueError, match='the set is empty'):
         contact_sheet(ds.subset([]))
+
+
+def test_masks_that_may_be_inverted_are_said(tmp_path):
+    "White is the object; black objects on white cannot be told in general, so that whoever reads must see it"
+    for name, object_, ground in (('white', 255, 0), ('black', 0, 255)):
+        for i in range(2):
+            put(tmp_path / f'{name}/images/{i}.png')
+            mask = np.where(DISC, object_, ground).astype(np.uint8)
+            Image.fromarray(np.dstack([mask] * 3 + [mask | 255])).save(put(tmp_path / f'{name}/masks/{i}.png'))
+    share = DISC.mean()
+    white, black = (summarise(load(tmp_path / name)) for name in ('white', 'black'))
+    assert 'invert' not in str(white) and 'invert' not in ''.join(white.brief())
+    says = f'foreground is {1 - share:.0%} of the pixels: if objects are black on white, invert the masks'
+    assert says in str(black) and says in black.brief()[1] and len(black.brief()) == 2
