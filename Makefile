@@ -1,6 +1,7 @@
 # make demo: the whole pipeline on built-in phantoms     make test: everything that must hold
 # make lab: the notebooks in JupyterLab                  make docs: the website (needs Quarto)
 # make readme sidebar: what is written from notebooks    make mutants: do the tests notice broken code? (slow)
+# make kills: is a run that is killed and taken up, again and again, the same to the last bit? (slow)
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ON_PATH := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: demo test readme sidebar lab docs bench mutants clean
+.PHONY: demo test readme sidebar lab docs bench mutants kills clean
 
 # torch comes first and alone, so that nothing later replaces it with another build
 $(VENV)/.core: settings.ini setup.py constraints.txt
@@ -49,6 +50,9 @@ bench: $(VENV)/.dev
 
 mutants: $(VENV)/.dev
 	$(ON_PATH) $(BIN)/python tools/mutants.py
+
+kills: $(VENV)/.dev
+	$(ON_PATH) OMP_NUM_THREADS=1 $(BIN)/python tools/kills.py
 
 clean:
 	rm -rf _proc _docs build dist *.egg-info demo

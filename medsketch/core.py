@@ -11,6 +11,7 @@ __all__ = ['SCALES', 'PALETTE', 'seed_everything', 'torch_rng', 'default_device'
 # %% ../nbs/00_core.ipynb #012a9c0a
 import contextlib
 import ctypes
+import errno
 import hashlib
 import functools
 import io
@@ -113,6 +114,7 @@ def atomic_write(
 ):
     "Open a temporary file beside `path`, and rename it into place once it is completely on the disk"
     path = Path(path)
+    if path.exists() and not path.is_file(): raise FileExistsError(errno.EEXIST, 'a folder, pipe or device', str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f'.{path.name[-60:]}.'  # a name may be as long as the file system allows
     fd, tmp = tempfile.mkstemp(prefix=prefix, suffix='.tmp', dir=path.parent)

@@ -89,9 +89,13 @@ def one_line(e):
     return "\n" not in str(e.value)
 
 
+def names(folder):
+    "Everything below a folder"
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob('*'))
+
+
 def same_runs(a, b):
     "Configuration, weights, logs, grids and everything in the checkpoints"
-    names = lambda d: sorted(str(p.relative_to(d)) for p in d.rglob('*'))
     assert names(a) == names(b)  # so no temporary file is left either
     for name in names(a):
         x, y = a / name, b / name

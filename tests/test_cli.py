@@ -18,7 +18,7 @@ from faults import contents, disk_full
 from PIL import Image
 
 from medsketch.cli import main
-from medsketch.core import to_uint8
+from medsketch.core import save_png, to_uint8
 from medsketch.data import phantom_data
 from medsketch.recipes import PGGAN
 
@@ -235,6 +235,7 @@ MISTAKES = {
     "train skrgan --data {photos} --out {tmp}/x --scale tour --set colour=red": (1, "no argument 'colour'"),
     "train skrgan --data {photos} --out {tmp}/x --scale tour --steps 0": (1, "at least 1"),
     "train skrgan --data {photos} --out {tmp}/file/x --scale tour --steps 2": (1, "cannot write"),
+    "train dcgan --data {photos} --out {tmp}/x --scale tour --steps 2 --set steps=3": (1, "steps=3 and --steps 2: say"),
     "train skrgan --data phantoms:toe --out {tmp}/x --scale tour": (1, "unknown phantom"),
     "train skrgan --out {tmp}/x": (2, "--data"),
     "paint": (2, "paint"),
@@ -268,6 +269,38 @@ def test_a_mistake_is_one_line(medsketch, photos, trained, tmp_path, line):
     assert status == expected and words in err
     assert err.startswith("medsketch: ") and err.count("\n") == 1
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+INTO_DATA = ["sample {run}", "sample {run}/weights.safetensors", "export {run} --n 4", "render {run}"]
+
+
+@pytest.mark.parametrize("line", INTO_DATA)
+def test_results_never_lie_among_the_images_of_the_run(medsketch, trained, photos, tmp_path, line):
+    "The next training would read them"
+    (tmp_path / "in").mkdir()
+    save_png(tmp_path / "in/a.png", np.full((32, 32), 255, np.uint8))
+    line = line.format(run=trained) + (f" --sketches {tmp_path}/in" if "render" in line else "")
+    for out in (photos, photos / "new/samples"):
+        status, _, err = medsketch(f"{line} --out {out}")
+        assert status == 1 and err.startswith(f"medsketch: {out} ") and err.count("\n") == 1
+        assert "inside" in err or "both input and output" in err
+    assert not (photos / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder", "file", "jpeg"])
+def test_a_picture_never_takes_the_place_of_something_else(medsketch, photos, tmp_path, kind):
+    "A device, too, is there to stay"
+    out = tmp_path / ("out.jpg" if kind == "jpeg" else "out.png")
+    os.mkfifo(tmp_path / "pipe")
+    link = lambda p: p.symlink_to("pipe")
+    make = {"pipe": os.mkfifo, "link to a pipe": link, "folder": Path.mkdir, "file": Path.touch}
+    make.get(kind, lambda p: None)(out)
+    before = os.lstat(out) if kind != "jpeg" else None
+    for line in (f"privacy {photos} {photos} --size 32 --out {out}", f"inspect {photos} --size 32 --out {out}"):
+        status, _, err = medsketch(line)
+        assert status == 1 and err.count("\n") == 1 and "--overwrite" not in err  # there is no such option
+        assert ("is a .png" if kind == "jpeg" else "is there already") in err
+        assert out.exists() == (kind != "jpeg") and (before is None or os.lstat(out) == before)
 
 
 def test_weights_of_another_recipe_or_none(medsketch, trained, tmp_path):

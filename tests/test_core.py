@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import os
+import stat
 import subprocess
 import sys
 
@@ -183,3 +185,15 @@ def test_a_name_as_long_as_the_file_system_allows_is_written(tmp_path):
         with atomic_write(tmp_path / name) as f:
             f.write(b'1')
     assert {p.read_bytes() for p in tmp_path.iterdir()} == {b'1'} and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("linked", [False, True])
+def test_pipes_and_devices_are_never_replaced(tmp_path, linked):
+    "Renaming a file into place would remove them"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    path, before = tmp_path / ("link" if linked else "pipe"), sorted(tmp_path.iterdir())
+    with pytest.raises(FileExistsError), atomic_write(path) as f:
+        f.write(b"x")
+    assert sorted(tmp_path.iterdir()) == before and stat.S_ISFIFO(path.stat().st_mode) and path.is_symlink() == linked

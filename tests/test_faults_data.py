@@ -257,6 +257,85 @@ def test_a_padding_range(tmp_path):
     assert not got[~DISC].any() and np.ptp(got[DISC]) > 240
 
 
+FUNCTIONS = {  # PS3.3 C.11.2.1.2.1, C.11.2.1.3.2, C.11.2.1.3.1
+    None: lambda x, c, w: (x - (c - 0.5)) / (w - 1) + 0.5,
+    'LINEAR': lambda x, c, w: (x - (c - 0.5)) / (w - 1) + 0.5,
+    'LINEAR_EXACT': lambda x, c, w: (x - c) / w + 0.5,
+    'SIGMOID': lambda x, c, w: 1 / (1 + np.exp(-4 * (x - c) / w)),
+}
+
+
+@pytest.mark.parametrize('function', FUNCTIONS)
+@pytest.mark.parametrize('where', ['classic', 'enhanced'])
+def test_a_window_is_applied_by_its_function(tmp_path, function, where):
+    a = np.tile(np.arange(32, dtype='<u2') * 4, (32, 1))
+    window = {'WindowCenter': 44, 'WindowWidth': 12} | ({'VOILUTFunction': function} if function else {})
+    tags = window if where == 'classic' else {'SharedFunctionalGroupsSequence': [item(FrameVOILUTSequence=window)]}
+    tags |= {'RescaleSlope': 1, 'RescaleIntercept': -10}
+    want = np.round(255 * np.clip(FUNCTIONS[function](a - 10.0, 44, 12), 0, 1))
+    (got,) = read_dicom(dicom(tmp_path / 'a.dcm', a, **tags))
+    assert np.abs(got - want).max() <= 1 and (got == want).mean() > 0.9
+    (negative,) = read_dicom(dicom(tmp_path / 'b.dcm', a, PhotometricInterpretation='MONOCHROME1', **tags))
+    assert (negative == 255 - got).all()
+    (own,) = read_dicom(tmp_path / 'a.dcm', window=(44, 100))  # a window that was asked for is a straight line
+    assert np.abs(own - np.clip((a - 10.0 - 44) / 100 + 0.5, 0, 1) * 255).max() <= 1
+
+
+def test_a_window_narrower_than_one_needs_an_exact_function(tmp_path):
+    "A straight line of width 1 would show black and white alone, so the file's own range is shown"
+    a = np.tile(np.arange(32, dtype='<u2'), (32, 1))
+    tags = {'RescaleSlope': 1 / 64, 'RescaleIntercept': 0, 'WindowCenter': 0.25, 'WindowWidth': 0.5}
+    exact = read_dicom(dicom(tmp_path / 'a.dcm', a, VOILUTFunction='LINEAR_EXACT', **tags))[0]
+    assert np.abs(exact[0] - np.arange(32) / 32 * 255).max() <= 1
+    assert len(np.unique(read_dicom(dicom(tmp_path / 'b.dcm', a, **tags))[0])) > 20
+    odd = dicom(tmp_path / 'c.dcm', a, VOILUTFunction='CUBIC', **tags)
+    with pytest.raises(ValueError, match='CUBIC'):
+        read_dicom(odd)
+
+
+# Numbers beyond 32 bits
+
+
+def float64_nifti(path, a):
+    nifti(path, np.stack([a.astype(np.float64)] * 3, -1))
+
+
+def float64_dicom(path, a):
+    ds = pydicom.dcmread(dicom(path, np.zeros((32, 32), '<u2')))
+    del ds.PixelData
+    ds.DoubleFloatPixelData, ds.BitsAllocated = a.astype('<f8').tobytes(), 64
+    ds.save_as(path)
+
+
+WIDE = {'a.nii.gz': float64_nifti, 'a.dcm': float64_dicom}
+
+
+@pytest.mark.parametrize('name', WIDE)
+@pytest.mark.parametrize('normalise', ['percentile', 'zscore'])
+def test_values_beyond_32_bits_are_said(tmp_path, name, normalise):
+    "They would be infinite, and infinite is black"
+    put(tmp_path / 'd/good.png')
+    WIDE[name](tmp_path / 'd' / name, NOISE.astype(float) * 1e300)
+    with pytest.warns(UserWarning, match='1 of the images'):
+        ds = load_images(tmp_path / 'd', S, normalise=normalise)
+    ((path, why),) = ds.skipped
+    assert Path(path).name == name and '3.4e+38' in why and why.isprintable()
+    WIDE[name](tmp_path / 'd' / name, NOISE.astype(float) * 1e30)
+    images = load(tmp_path / 'd', normalise=normalise).images
+    assert all(len(np.unique(x)) > 100 for x in images)
+
+
+def test_arrays_beyond_32_bits_are_said():
+    image = np.zeros((1, S, S), np.float32)
+    with pytest.raises(ValueError, match=r'sample 0: depth goes beyond 3.4e\+38'):
+        as_image_data([{'image': image, 'depth': np.full((1, S, S), 1e300)}])
+    for v in (1e300, np.float32(1e30)):
+        with pytest.raises(ValueError, match='mask'):
+            as_image_data([{'image': image, 'mask': np.full((1, S, S), v)}]).in_memory()
+    with pytest.raises(ValueError):
+        ImageData(np.full((1, 1, S, S), 1e300))
+
+
 def test_a_series_without_a_window_has_one_scale(tmp_path):
     for i, a in enumerate(SLICES):
         dicom(tmp_path / f'd/{i}.dcm', a * 8, SeriesInstanceUID='1.2.7', PatientID='x')
@@ -1120,6 +1199,21 @@ def test_tables_stay_in_their_folder_and_in_one_line(tmp_path, case, cache):
     assert '\n' not in text and text.isprintable() and len(text) < 900
 
 
+def test_a_row_that_is_there_twice_counts_once(tmp_path):
+    for name in 'ab':
+        put(tmp_path / f'd/{name}.png')
+        put(tmp_path / f'd/m{name}.png', DISC * np.uint8(255))
+    table = tmp_path / 'd/manifest.csv'
+    table.write_text('image,mask,subject\na.png,ma.png,p\nb.png,mb.png,q\na.png,ma.png,p\n./b.png, mb.png,q\n')
+    with pytest.warns(UserWarning, match='manifest.csv: 2 rows are there twice, e.g. line 4; each counts once'):
+        ds = load_images(tmp_path / 'd', S)
+    assert [Path(p).name for p in ds.paths] == ['a.png', 'b.png'] and ds.subjects == ['p', 'q']
+    for other in ('a.png,mb.png,p', 'a.png,ma.png,q', 'a.png,,p'):
+        table.write_text(f'image,mask,subject\na.png,ma.png,p\nb.png,mb.png,q\n{other}\n')
+        with pytest.raises(ValueError, match=r'lines 2 and 4 say different things of a\.png: leave one'):
+            load(tmp_path / 'd')
+
+
 def test_a_table_may_lead_outside_if_allowed_and_utf16_is_read(tmp_path):
     put(tmp_path / 'far.png')
     (tmp_path / 'd').mkdir()
@@ -1424,3 +1518,17 @@ def test_a_contact_sheet_shows_masks_on_images(kind):
     assert contact_sheet(ImageData(ds.images.astype(np.float32) / 127.5 - 1)).any()
     with pytest.raises(ValueError, match='the set is empty'):
         contact_sheet(ds.subset([]))
+
+
+def test_masks_that_may_be_inverted_are_said(tmp_path):
+    "White is the object; black objects on white cannot be told in general, so that whoever reads must see it"
+    for name, object_, ground in (('white', 255, 0), ('black', 0, 255)):
+        for i in range(2):
+            put(tmp_path / f'{name}/images/{i}.png')
+            mask = np.where(DISC, object_, ground).astype(np.uint8)
+            Image.fromarray(np.dstack([mask] * 3 + [mask | 255])).save(put(tmp_path / f'{name}/masks/{i}.png'))
+    share = DISC.mean()
+    white, black = (summarise(load(tmp_path / name)) for name in ('white', 'black'))
+    assert 'invert' not in str(white) and 'invert' not in ''.join(white.brief())
+    says = f'foreground is {1 - share:.0%} of the pixels: if objects are black on white, invert the masks'
+    assert says in str(black) and says in black.brief()[1] and len(black.brief()) == 2

@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from .tools import apart, check_count, disk, distinct, free, going_on, load_source, report
-from .tools import need_text, shown, tell
+from .tools import need_text, picture_place, shown, tell
 
 # %% ../../nbs/11_cli/02_data.ipynb #ef46186a
 def drawn(
@@ -81,10 +81,7 @@ def understood(
 
 def _sheet(data, out):
     "Where the contact sheet goes: never among the images, never over another file"
-    if out is not None:
-        apart(out, data), free([out])
-        if Path(out).suffix.lower() != '.png': raise ValueError(f"--out {out}: the contact sheet is a .png")
-        return Path(out)
+    if out is not None: return picture_place('the contact sheet', out, data)
     here, source = Path.cwd(), Path(os.path.realpath(data))
     if here == source or source in here.parents: here = Path(tempfile.gettempdir())
     names = (here/f"contact-sheet{f'-{i}' if i else ''}.png" for i in range(10**6))

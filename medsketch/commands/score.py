@@ -15,7 +15,7 @@ from pathlib import Path
 import typer
 
 from .tools import apart, check_count, disk, going_on, load_source, need_text, plain_numbers, report
-from .tools import say, settings_of, split_names, tell
+from .tools import picture_place, say, settings_of, split_names, tell
 from ..processes import Alone, takes, team
 
 # %% ../../nbs/11_cli/07_score.ipynb #5294d0e0
@@ -147,7 +147,7 @@ def privacy(train:str=typer.Argument(help="the images that were trained on, all 
     "Do generated images come nearer to training images than real ones do?"
     from medsketch.core import save_png
     from medsketch.evaluate.privacy import privacy_check
-    if out is not None: apart(out, train, fake, held)
+    if out is not None: out = picture_place('the picture', out, train, fake, held)
     a = load_source(train, size, masks=False, option='the folder of training images')
     others = {k: load_source(v, size, a.channels, masks=False, option=k) if v is not None else None
               for k, v in dict(fake=fake, held=held).items()}

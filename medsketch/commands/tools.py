@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'PHANTOMS_AT_MOST', 'plain_streams', 'shown', 'reason', 'say', 'tell', 'report', 'plain_numbers', 'Stopped',
            'going_on', 'Usage', 'Command', 'phantoms_asked', 'load_source', 'need_text', 'check_count', 'split_names',
-           'settings_of', 'apart', 'distinct', 'free', 'disk', 'room', 'find_run']
+           'settings_of', 'apart', 'distinct', 'free', 'picture_place', 'disk', 'room', 'find_run']
 
 # %% ../../nbs/11_cli/01_tools.ipynb #b7b6e2f1
 import codecs
@@ -230,16 +230,28 @@ def distinct(
 def free(
     paths, # where results will go
     inputs=(), # files that are read
-    overwrite:bool=False, # may other files there be replaced?
+    overwrite:bool|None=None, # may other files there be replaced? None: there is no such option
 ):
     "Raises `ValueError` if a file would be replaced: an input never, others unless that is asked for"
     own = {os.path.realpath(p) for p in inputs}
     for p in paths:
         if os.path.realpath(p) in own: raise ValueError(f"{p} is an input and would be replaced: choose another folder")
-        if os.path.lexists(p) and not overwrite:
-            raise ValueError(f"{p} is there already: choose another folder, or add --overwrite")
+        if not os.path.lexists(p) or overwrite: continue
+        way = 'choose another name' if overwrite is None else 'choose another folder, or add --overwrite'
+        raise ValueError(f"{p} is there already: {way}")
 
 # %% ../../nbs/11_cli/01_tools.ipynb #e585a11e
+def picture_place(
+    what:str, # it is, for the message
+    out, # the .png
+    *inputs, # folders and files that are read
+) -> Path:
+    "Where one picture goes. Raises `ValueError` if that is among the inputs, over another file, or no .png"
+    place = apart(out, *inputs)
+    free([place])
+    if place.suffix.lower() != '.png': raise ValueError(f"--out {out}: {what} is a .png")
+    return place
+
 @contextlib.contextmanager
 def disk(
     done, # done() -> how much is written, in words

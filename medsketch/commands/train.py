@@ -88,6 +88,7 @@ def _settings(cls, asked, told, options):
     elif 'channels' in settings: options['channels'] = settings['channels']
     if asked.get('steps') is not None: settings |= cls.steps_each(asked['steps'], settings['size']) | told
     if {'steps', 'minutes'} <= options.keys(): raise ValueError("--steps and --minutes: say one")
+    _told(told, _given(asked, ('steps',)) if 'steps' in told else {})
     return dry_run(cls, check_arguments(cls, settings), asked.get('stages'))
 
 def dry_run(cls, settings, stages=None):

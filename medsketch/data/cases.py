@@ -13,6 +13,7 @@ import io
 import os
 import re
 import unicodedata
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def table_cases(
     outside:bool=False, # may the table name files outside its folder?
 ) -> list: # of `Case`
     "The rows of a manifest whose image lies below the folder. Raises `ValueError` for a table that cannot be used"
-    table, cases = found.table, []
+    table, rows, again = found.table, {}, []
     root = table.parent.resolve()
     for line, row in enumerate(_rows_of(table), 2):
         if not row.get('image'): continue
@@ -142,8 +143,14 @@ def table_cases(
         extra = [at(e.strip()) for e in row.get('extra', '').split(';') if e.strip()]
         subject = '/'.join(p for p in (row.get('dataset'), row.get('subject')) if p) if row.get('subject') else ''
         mask = at(row['mask']) if row.get('mask') else None
-        cases.append(Case((image, *(e for e in extra if e.parent == image.parent)), mask, subject, stem(image)))
-    return cases
+        case = Case((image, *(e for e in extra if e.parent == image.parent)), mask, subject, stem(image))
+        first, same = rows.setdefault(image, (line, case))
+        if same != case: raise ValueError(f"{shown(table.name)}: lines {first} and {line} say different things of "
+                                          f"{shown(row['image'])}: leave one of them")
+        if first != line: again.append(line)
+    if again: warnings.warn(f"{shown(table.name)}: {len(again)} rows are there twice, e.g. line {again[0]}; "
+                            'each counts once', stacklevel=2)
+    return [case for _, case in rows.values()]
 
 def stem(path):
     "File name without its ending; `.nii.gz` is one, the last number of `1.2.840.10008` is none"

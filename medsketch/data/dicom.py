@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import Frames, check_file, check_memory, check_side, looks_like_dicom, need
+from .files import Frames, as_float32, check_file, check_memory, check_side, looks_like_dicom, need
 from .files import standardise, to_eight_bits, used_bits, value_limits
 
 # %% ../../nbs/02_data/01_dicom.ipynb #43cf5bcb
@@ -60,10 +60,21 @@ def _windowed(ds, i):
     return _group(ds, i, 'FrameVOILUTSequence', 'WindowWidth', 'VOILUTSequence')
 
 def _window(g):
-    "The first window (centre, width) that a group names, or None"
+    "The first window that a group names, as pydicom takes it, or None"
+    from pydicom import Dataset
     first = lambda k: np.atleast_1d(g.get(k)).tolist()[0] if g.get(k) not in (None, '') else None
-    centre, width = first('WindowCenter'), first('WindowWidth')
-    return (float(centre), float(width)) if None not in (centre, width) and float(width) > 1 else None
+    centre, width, function = first('WindowCenter'), first('WindowWidth'), str(g.get('VOILUTFunction') or 'LINEAR')
+    if None in (centre, width) or float(width) <= (function.upper() == 'LINEAR'): return None # black and white
+    w = Dataset()
+    w.PhotometricInterpretation, w.BitsStored, w.PixelRepresentation = 'MONOCHROME2', 8, 0 # what comes out
+    w.WindowCenter, w.WindowWidth, w.VOILUTFunction = g.WindowCenter, g.WindowWidth, function
+    return w
+
+def _in_window(v, w):
+    "Values in the file's unit as bytes, by one of the functions of PS3.3 C.11.2.1; what is no number is black"
+    from pydicom.pixels import apply_windowing
+    with np.errstate(over='ignore'): out = apply_windowing(v, w)
+    return np.round(np.nan_to_num(out, nan=0.)).astype(np.uint8)
 
 def _rescaled(g, a):
     "Stored numbers in the unit of the file. Raises `ValueError` if all of them would be the same"
@@ -87,7 +98,7 @@ def frame_values(
     ds, # the data set
     a:np.ndarray, # (H, W) stored numbers of one frame
     i:int, # its number
-) -> tuple: # (H, W) float32 with NaN for padding; window (centre, width) or None
+) -> tuple: # (H, W) float32 with NaN for padding; window as pydicom takes it, or None
     "One grey frame in the file's unit, and the window it asks for"
     from pydicom.pixels import apply_voi
     group = _windowed(ds, i)
@@ -95,7 +106,7 @@ def frame_values(
     v = _rescaled(_group(ds, i, 'PixelValueTransformationSequence', 'RescaleSlope', 'RescaleIntercept',
                          'ModalityLUTSequence'), a)
     if window is None and 'VOILUTSequence' in group: v = apply_voi(v, group)
-    v = np.asarray(v, np.float32)
+    v = as_float32(v)
     if padded is not None and padded.any():
         v = v.copy()
         v[padded] = np.nan
@@ -162,7 +173,8 @@ def dicom_frames(
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0., 0.)
     if zscore: return Frames([check_side(f) for f in standardise(v)], False, low, high)
     if limits is None and window is None and any(w is None for _, w in values): limits = value_limits(v)
-    pixels = [to_eight_bits(f, window or w, limits=None if window or w else limits) for f, w in values]
+    pixels = [to_eight_bits(f, window, limits=None if window else limits) if window or w is None else _in_window(f, w)
+              for f, w in values]
     if ds.get('PhotometricInterpretation') == 'MONOCHROME1':
         pixels = [np.where(np.isnan(f), 0, 255 - p).astype(np.uint8) for p, (f, _) in zip(pixels, values)]
     return Frames([check_side(p) for p in pixels], False, low, high)
@@ -177,7 +189,7 @@ def read_dicom(
 
 # %% ../../nbs/02_data/01_dicom.ipynb #94b086e1
 WHOSE = ('PatientID', 'StudyInstanceUID', 'SeriesInstanceUID') # the first that a file has
-WINDOWED = ('WindowCenter', 'WindowWidth', 'VOILUTSequence', 'SharedFunctionalGroupsSequence',
+WINDOWED = ('WindowCenter', 'WindowWidth', 'VOILUTFunction', 'VOILUTSequence', 'SharedFunctionalGroupsSequence',
             'PerFrameFunctionalGroupsSequence')
 
 def dicom_header(

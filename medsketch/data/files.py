@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'PICTURES', 'VRS', 'LEAST_SIDE', 'MOST_PIXELS', 'MOST_BYTES', 'Z_RANGE', 'TURNS', 'REDUCED', 'SEE_THROUGH',
            'shown', 'one_line', 'looks_like_dicom', 'is_regular', 'file_kind', 'check_file', 'check_memory', 'need',
-           'open_picture', 'check_side', 'value_limits', 'to_eight_bits', 'standardise', 'used_bits', 'is_deep',
-           'deep_pixels', 'flat_picture', 'read_picture', 'page_numbers', 'read_pages', 'Frames', 'resize']
+           'open_picture', 'check_side', 'value_limits', 'as_float32', 'to_eight_bits', 'standardise', 'used_bits',
+           'is_deep', 'deep_pixels', 'flat_picture', 'read_picture', 'page_numbers', 'read_pages', 'Frames', 'resize']
 
 # %% ../../nbs/02_data/00_files.ipynb #a0f468e9
 import importlib.util
@@ -129,6 +129,15 @@ def value_limits(
     elif high <= low: low, high = 0., max(float(high), 1.)
     return float(low), float(high)
 
+def as_float32(
+    a, # numbers of any type and shape
+) -> np.ndarray: # float32, same shape
+    "Numbers in 32 bits. Raises `ValueError` if some become infinite by that"
+    a = np.asanyarray(a)
+    with np.errstate(over='ignore'): out = np.asarray(a, np.float32)
+    if out.dtype == a.dtype or not (np.isinf(out) & np.isfinite(a)).any(): return out
+    raise ValueError("its values go beyond 3.4e+38, which 32 bits cannot hold: scale them down")
+
 def to_eight_bits(
     a:np.ndarray, # pixels of any type and shape
     window=None, # (centre, width) in the file's own units, e.g. Hounsfield; None: by percentiles
@@ -136,7 +145,7 @@ def to_eight_bits(
     limits=None, # (low, high) known already, e.g. of a whole series
 ) -> np.ndarray: # uint8, same shape
     "Map pixel values to 0 … 255; what is below the range, or no number, is black"
-    a = np.asarray(a, np.float32)
+    a = as_float32(a)
     low, high = limits if limits is not None else value_limits(a, window, percentiles)
     if high <= low: high = low + 1
     with np.errstate(invalid='ignore', over='ignore'): scaled = np.clip((a - low) / (high - low), 0, 1) * 255
@@ -149,7 +158,7 @@ def standardise(
     a:np.ndarray, # one volume of one contrast, 0 outside the body
 ) -> np.ndarray: # float32 in [-1, 1], same shape; × `Z_RANGE` gives z-scores
     "Mean 0 and standard deviation 1 over what is not zero"
-    a = np.asarray(a, np.float32)
+    a = as_float32(a)
     inside = np.isfinite(a) & (a != 0)
     values = a[inside].astype(np.float64)
     mean, spread = (values.mean(), values.std()) if values.size else (0., 1.)

@@ -9,7 +9,7 @@ __all__ = ['read_block', 'square_voxels', 'nifti_frames', 'read_nifti']
 import cv2
 import numpy as np
 
-from .files import Frames, check_file, check_memory, check_side, need, resize
+from .files import Frames, as_float32, check_file, check_memory, check_side, need, resize
 from .files import standardise, to_eight_bits, value_limits
 
 # %% ../../nbs/02_data/02_nifti.ipynb #278f58e8
@@ -21,7 +21,8 @@ def _block(image):
         a = np.asanyarray(image.dataobj)
         v = np.stack([a[f] for f in fields[:3]], -1).astype(np.float32)
         return v.reshape(*shape[:3], *(1,) * (3 - len(shape[:3])), 3), True
-    v = image.get_fdata(dtype=np.float32, caching='unchanged')
+    with np.errstate(over='ignore'): v = image.get_fdata(dtype=np.float32, caching='unchanged')
+    if np.isinf(v).any(): as_float32(image.dataobj) # is infinite what was finite in the file?
     while v.ndim > 4 and 1 in v.shape[3:]: v = v.squeeze(3 + v.shape[3:].index(1))
     if v.ndim == 4 and v.shape[3] == 1: v = v[..., 0]
     if v.ndim == 2: v = v[..., None]

@@ -25,6 +25,9 @@ def as_plane(
     if hasattr(v, 'as_tensor'): v = v.as_tensor() # MONAI
     v = torch.as_tensor(v).detach().cpu()
     if name == 'image': return as_image(v, where)
+    most = torch.iinfo(torch.int32).max if name in ('mask', 'instances') else torch.finfo(torch.float32).max
+    if (v.isfinite() & ~((v >= -most) & (v <= most))).any():
+        raise ValueError(f"{where}: {name} goes beyond {most:.2g}, which 32 bits cannot hold")
     if v.is_floating_point():
         if v.ndim == 3 and name in ('mask', 'instances') and torch.equal(v, v.round()): return v.long()[0]
         return v.float()

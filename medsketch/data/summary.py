@@ -76,6 +76,11 @@ def _sides(s):
     first = ', '.join(f'{w}×{h} ({n})' for (w, h), n in s.sides[:3])
     return first + (f' and {len(s.sides) - 3} more sizes' if len(s.sides) > 3 else '')
 
+def _inverted(s):
+    "A doubt where the one class there is covers more than half of the pixels; else nothing"
+    if len(s.classes) != 2 or s.classes[1][1] <= .5: return ''
+    return f'{s.classes[1][0]} is {s.classes[1][1]:.0%} of the pixels: if objects are black on white, invert the masks'
+
 def lines(self:Summary) -> list: # of strings
     "The summary for people to read"
     whose = 'named' if self.subjects_known else 'nothing says whose body it is: each file counts as one'
@@ -86,6 +91,7 @@ def lines(self:Summary) -> list: # of strings
         out.append(f'masks     {self.with_mask} with something in them, {self.images - self.with_mask} empty')
     out += [f'          {name}: {share:.1%} of the pixels, in {some:.0%} of the images' for name, share,
             some in self.classes]
+    if doubt := _inverted(self): out.append(f'          {doubt}')
     if not self.planes: out.append('masks     none')
     out += [f'plane     {k} ({kind}, {dtype})' for k, (kind, dtype) in self.planes.items() if k != 'mask']
     out += [f'left out  {n}: {reason}, e.g. {example}' for reason, n, example in self.skipped]
@@ -97,7 +103,7 @@ def brief(self:Summary) -> list: # of two strings
     left = sum(n for _, n, _ in self.skipped)
     return [f'{self.images} images of {self.subjects} subjects{masks}, {self.meaning}, {self.size} px',
             f'from {_sides(self)}, values {self.values[0]:g} … {self.values[1]:g}'
-            + (f'; {left} left out' if left else '')]
+            + ''.join(f'; {what}' for what in (left and f'{left} left out', _inverted(self)) if what)]
 
 Summary.lines, Summary.brief, Summary.__str__ = lines, brief, lambda self: '\n'.join(self.lines())
 

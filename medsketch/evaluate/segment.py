@@ -208,7 +208,8 @@ class _Files:
             s = cls(**config)
             s.net.load_state_dict(flat)
         except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as e:
-            raise ValueError(f"{path} holds no segmenter ({' '.join(str(e).split())[:100]})") from None
+            why = 'there is no such file' if not path.is_file() else ' '.join(str(e).split())[:100]
+            raise ValueError(f"{path} holds no segmenter ({why})") from None
         return s.to(device or default_device())
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #be074184
