@@ -30,7 +30,7 @@ from medsketch.studio.live import LiveRender
 from medsketch.studio.near import Near, open_index
 from medsketch.studio.newest import Newest
 from medsketch.studio.paper import UploadRender
-from medsketch.studio.pictures import as_picture, difference, real_image, surprise
+from medsketch.studio.pictures import as_picture, difference, phantom_sketch, real_image, surprise
 from medsketch.studio.strokes import Drawing
 from medsketch.studio.uploads import uploads
 
@@ -616,3 +616,11 @@ def test_an_index_that_lost_its_images_or_is_none_is_said_beside_the_image(throa
     assert (pixels(app) != 0).any() and 'names images that are not there' in app.beside.value
     with pytest.raises(ValueError, match='neither an index'):
         open_index(__file__, throat.recipe)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_vessels_of_a_retina_are_strokes_where_they_are_broad_too(size):
+    "Where they meet on the disc they are broader than a pen: they were drawn as outlines then, all of them"
+    for seed in (0, 1):
+        mask = phantom("fundus", size, seed)["mask"].numpy()
+        assert phantom_sketch("fundus", size, seed)[mask == PHANTOMS["fundus"].classes.index("vessel")].min() == 1

@@ -77,6 +77,18 @@ def test_the_index_lists_tutorials_first_and_every_page_once_at_least():
     assert {p for p in linked[:modules] if p.startswith("tutorials/")} >= {f"tutorials/{p.name}" for p in TUTORIALS}
 
 
+def test_what_a_page_reads_of_the_site_is_fetched_on_colab():
+    "There is no folder `images` there: its set-up cell downloads what later cells open"
+    missing = []
+    for p in NOTEBOOKS:
+        code = ["".join(c["source"]) for c in cells(p, "code")]
+        setup = next((s for s in code if "/content" in s), "")
+        read = {n for s in code if s != setup for n in re.findall(r"[\w-]+\.(?:json|safetensors)", s)}
+        here = {n for n in read if (ROOT / "nbs/images" / n).exists()}
+        missing += [f"{house.name(p)}: {n}" for n in sorted(here) if n not in setup]
+    assert not missing, missing
+
+
 def test_relative_links_lead_somewhere():
     pages = [(p, "".join("".join(c["source"]) for c in cells(p, "markdown"))) for p in NOTEBOOKS]
     pages += [(p, p.read_text(encoding="utf-8")) for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")]
@@ -190,6 +202,16 @@ def fake_project(tmp_path, monkeypatch, module, source):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
     monkeypatch.setattr(house, "root", tmp_path)
+
+
+def test_a_function_that_no_visible_cell_uses_is_found(tmp_path, monkeypatch):
+    source = "__all__ = ['a', 'b', 'c', 'd']\n# %% ../nbs/x.ipynb\ndef a(): pass\ndef b(): c()\ndef c(): pass\n"
+    fake_project(tmp_path, monkeypatch, "x.py", source + "def d(): d()\n")
+    texts = ["#| exports\ndef a(): pass", "#| hide\nd()", "a(), 'b'", "import b", "! ls"]
+    page = {"cells": [{"cell_type": "code", "source": [t]} for t in texts]}
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/x.ipynb").write_text(json.dumps(page))
+    assert house.without_example() == ["medsketch/x.py: b", "medsketch/x.py: d"]  # b calls c
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,68 @@ def narrow_pictures() -> list:
     return found
 
 
-RULES = [long_lines, long_cells, long_functions, long_modules, upward_imports, house_words, badges, code_hidden]
+def names_in(tree: ast.AST) -> set:
+    "Names that code reads"
+    names = [n for n in ast.walk(tree) if isinstance(n, (ast.Name, ast.Attribute)) and isinstance(n.ctx, ast.Load)]
+    return {n.id if isinstance(n, ast.Name) else n.attr for n in names}
+
+
+def callers() -> dict:
+    "Name -> where the package uses it: modules with the definitions that do"
+    found = {}
+    for p in [p for p in modules() if p.name != "__init__.py"]:
+        for part in parse(p).body:
+            for n in names_in(part):
+                found.setdefault(n, set()).add((p, getattr(part, "name", None)))
+    return found
+
+
+@cache
+def shown(path: Path) -> set:
+    "Names that the cells of a page use which a reader sees and which are not exported"
+    found = set()
+    for _, s in cells(path):
+        if not re.search(r"^#\|\s*(exports?|hide|default_exp)\b", s, re.MULTILINE):
+            plain = "\n".join("pass" if line.lstrip().startswith(("!", "%")) else line for line in s.splitlines())
+            found |= names_in(ast.parse(plain))
+    return found
+
+
+def public(path: Path) -> list:
+    "Functions in a module's `__all__`"
+    tops, listed = parse(path).body, set()
+    for n in tops:
+        if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__":
+            listed = {x.value for x in n.value.elts}
+    return [n.name for n in tops if isinstance(n, ast.FunctionDef) and n.name in listed]
+
+
+def offered() -> set:
+    "Functions that a package offers under its own name: `medsketch.sketch.read_sketch`"
+    found = set()
+    for p in (root / "medsketch").rglob("__init__.py"):
+        for n in [n for n in parse(p).body if isinstance(n, ast.ImportFrom)]:
+            every = n.names[0].name == "*"
+            found |= set(public(p.parent / f"{n.module}.py")) if every else {a.name for a in n.names}
+    return found
+
+
+def without_example() -> list:
+    """Functions for users that no visible cell of their page or of a tutorial uses.
+    For users is what a package offers, and what no other code of the package calls; commands are shown as commands"""
+    tutorials = set().union(*(shown(p) for p in notebooks() if p.parent.name == "tutorials"))
+    entries, used, found = offered(), callers(), []
+    for p in [p for p in modules() if p.parent.name != "commands" and p.name != "cli.py"]:
+        page = re.search(r"^# %% (\S+\.ipynb)", p.read_text(encoding="utf-8"), re.MULTILINE)
+        for f in public(p) if page else []:
+            entry = f in entries or not used.get(f, set()) - {(p, f)}
+            if entry and f not in tutorials | shown((p.parent / page[1]).resolve()):
+                found.append(f"{name(p)}: {f}")
+    return found
+
+
+RULES = [long_lines, long_cells, long_functions, long_modules, upward_imports, house_words, badges, code_hidden,
+         without_example]
 
 
 def main():

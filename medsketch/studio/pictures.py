@@ -113,6 +113,9 @@ def phantom_sketch(
     size:int, # side, pixels
     seed:int,
 ) -> np.ndarray: # (size, size) in [0, 1]
-    "The sketch of a phantom: the vessels of a retina's mask, the edges of everything else"
+    "The sketch of a phantom: the vessels of a retina's mask and outlines of disc and macula; edges of everything else"
     p = phantom(kind, size, seed)
-    return (mask_strokes(p['mask'].numpy()) if kind == 'fundus' else sobel_sketch(p['image'], kind))
+    if kind != 'fundus': return sobel_sketch(p['image'], kind)
+    mask = p['mask'].numpy()
+    vessels = mask == PHANTOMS[kind].classes.index('vessel')      # strokes, also where they meet and are broad
+    return np.maximum(vessels, mask_strokes(np.where(vessels, 0, mask)))
