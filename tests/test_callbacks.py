@@ -8,6 +8,7 @@ import sys
 import threading
 import types
 import warnings
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from medsketch.train.checkpoints import (
     StopOnNan,
     TrainingDiverged,
     checkpoints,
+    read_checkpoint,
     sweep,
 )
 from medsketch.train.growth import Growth
@@ -668,6 +670,66 @@ def test_odd_contents_fall_back_to_the_one_before(tmp_path, change):
     with pytest.warns(UserWarning, match='000009.pt cannot be read.*before it'):
         t.fit(11)
     same(t.state_dict(), whole.state_dict())
+
+
+def put_in(*path, to):
+    "Change one entry of a nested state"
+
+    def change(state):
+        for k in path[:-1]:
+            state = state[k]
+        state[path[-1]] = to(state[path[-1]]) if callable(to) else to
+
+    return change
+
+
+HUGE = torch.zeros(1).expand(10**13)  # takes four bytes in the file
+HARM = {
+    'a count below zero': put_in('images', to=-3),
+    'a loss of two numbers': put_in('losses', 'G', to=torch.zeros(2)),
+    'a loss of terabytes': put_in('losses', 'G', to=HUGE),
+    'a score of terabytes': put_in('callbacks', 'Checkpoint', 'mean', to=HUGE),
+    'averages of terabytes': put_in('opts', 0, 'state', 0, 'exp_avg', to=HUGE),
+    'averages of another shape': put_in('opts', 0, 'state', 0, 'exp_avg', to=torch.zeros(3)),
+    'averages of one number': put_in('opts', 0, 'state', 0, 'exp_avg_sq', to=torch.zeros(1)),
+    'averages that end outside': put_in(
+        'opts', 0, 'state', 0, 'exp_avg', to=lambda t: torch.zeros(t.numel() + 1)[-1:].expand(t.numel()).view(t.shape)
+    ),
+    'averages in words': put_in('opts', 0, 'state', 0, 'exp_avg', to='x'),
+    'many steps': put_in('opts', 0, 'state', 0, 'step', to=torch.zeros(2)),
+    'a rate in words': put_in('opts', 0, 'param_groups', 0, 'lr', to='x'),
+    'a rate that is a truth': put_in('opts', 0, 'param_groups', 0, 'lr', to=True),
+    'one beta': put_in('opts', 0, 'param_groups', 0, 'betas', to=(0.5,)),
+    'betas in words': put_in('opts', 0, 'param_groups', 0, 'betas', to=('x', 'y')),
+    'no betas': put_in('opts', 0, 'param_groups', 0, 'betas', to=3),
+}
+
+
+@pytest.mark.parametrize('harm', HARM)
+def test_what_would_harm_a_process_falls_back_to_the_one_before(tmp_path, harm):
+    "A fused step writes beyond averages that are too small, which ends the process"
+    whole = gan(run_folder(tmp_path / 'whole'))
+    whole.fit(11)
+    gan(run_folder(tmp_path)).fit(9)
+    state = torch.load(tmp_path / 'ck/000009.pt', weights_only=True)
+    HARM[harm](state)
+    torch.save(state, tmp_path / 'ck/000009.pt')
+
+    def resumed():
+        t = gan(run_folder(tmp_path), init=3)
+        with pytest.warns(UserWarning, match='000009.pt cannot be read.*before it'):
+            t.fit(11)
+        same(t.state_dict(), whole.state_dict())
+
+    assert exit_codes(resumed) == [0]
+
+
+def test_a_packed_checkpoint_is_not_unpacked(tmp_path):
+    "It could be thousands of times as large as its file"
+    with zipfile.ZipFile(tmp_path / '000001.pt', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('archive/data.pkl', bytes(1 << 20))
+    with pytest.raises(TypeError, match='packed'):
+        read_checkpoint(tmp_path / '000001.pt')
 
 
 def test_odd_contents_and_nothing_before_begin_anew(tmp_path):

@@ -254,6 +254,7 @@ MISTAKES = {
     "evaluate {photos} {photos} --metrics fid --features {tmp}/file --size 32": (1, "train_moco"),
     "compare --data phantoms:fundus:12 --out {tmp}/x --recipes stargan --n 12 --size 32": (1, "no recipe is called"),
     "compare --data {photos} --out {tmp}/x --seeds a,b --size 32": (1, "whole numbers"),
+    "compare --data phantoms:fundus:12 --out {tmp}/file --recipes dcgan --n 12 --size 32": (1, "cannot write to"),
     "compare --data {photos} --out {tmp}/x --size 32": (1, "at least 12"),
     "export {run} --n 0 --out {tmp}/x": (1, "n=0"),
     "export {tmp}/file --out {tmp}/x": (1, "not a file that medsketch saved"),

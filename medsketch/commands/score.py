@@ -14,8 +14,8 @@ from pathlib import Path
 
 import typer
 
-from .tools import apart, check_count, disk, going_on, load_source, need_text, plain_numbers, report
-from .tools import picture_place, say, settings_of, split_names, tell
+from .tools import apart, check_count, check_writable, disk, going_on, load_source, need_text, report
+from .tools import picture_place, plain_numbers, say, settings_of, split_names, tell
 from ..processes import Alone, takes, team
 
 # %% ../../nbs/11_cli/07_score.ipynb #5294d0e0
@@ -209,7 +209,7 @@ def compare(data:str=typer.Option(..., help="folder of images, or phantoms:fundu
     names, numbers, scores = split_names('--recipes', recipes), _seeds(seeds), split_names('--metrics', metrics)
     plan = _plan_compare(names, numbers, scores, size, scale, steps, n, precision, every, resamples,
                          settings_of(change))
-    place = apart(out, data, reference)
+    check_writable(place := apart(out, data, reference))
     ds = load_source(data, size, channels, masks='continuity' in scores or 'dualgan' in names or None)
     report(ds.skipped)
     real = load_source(reference, size, ds.channels, option='--reference') if reference is not None else None

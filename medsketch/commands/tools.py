@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'PHANTOMS_AT_MOST', 'plain_streams', 'shown', 'reason', 'say', 'tell', 'report', 'plain_numbers', 'Stopped',
            'going_on', 'Usage', 'Command', 'phantoms_asked', 'load_source', 'need_text', 'check_count', 'split_names',
-           'settings_of', 'apart', 'distinct', 'free', 'picture_place', 'disk', 'room', 'find_run']
+           'settings_of', 'apart', 'distinct', 'free', 'check_writable', 'picture_place', 'disk', 'room', 'find_run']
 
 # %% ../../nbs/11_cli/01_tools.ipynb #b7b6e2f1
 import codecs
@@ -241,6 +241,14 @@ def free(
         raise ValueError(f"{p} is there already: {way}")
 
 # %% ../../nbs/11_cli/01_tools.ipynb #e585a11e
+def check_writable(
+    out:Path, # a folder for results; need not exist
+):
+    "Raises `ValueError` if nothing can be written there"
+    place = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if place.is_dir() and os.access(place, os.W_OK): return
+    raise ValueError(f"cannot write to {out}: {place} is {'read-only' if place.is_dir() else 'no folder'}")
+
 def picture_place(
     what:str, # it is, for the message
     out, # the .png

@@ -18,7 +18,7 @@ import typer
 
 from .data import understood
 from .finetune import init_of, like_init
-from .tools import Usage, apart, check_count, going_on, load_source, need_text, report
+from .tools import Usage, apart, check_count, check_writable, going_on, load_source, need_text, report
 from .tools import settings_of, shown, split_names, tell
 
 # %% ../../nbs/11_cli/05_train.ipynb #05cd15ba
@@ -184,10 +184,7 @@ def check_options(job:Job):
     if job['best'] in HIGHER: raise ValueError(f"--best {job['best']}: the highest would be best, the lowest is kept")
     if job['best'] in DURING and job['best'] not in names:
         raise ValueError(f"--best {job['best']} needs --evaluate {job['best']}")
-    apart(job.out, None if job.data.startswith('phantoms:') else job.data)
-    place = next(p for p in (job.out, *job.out.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"cannot write to {job.out}: {place} is {'read-only' if place.is_dir() else 'no folder'}")
+    check_writable(apart(job.out, None if job.data.startswith('phantoms:') else job.data))
     return acc, log
 
 # %% ../../nbs/11_cli/05_train.ipynb #4c2ed74e

@@ -44,6 +44,7 @@ def uploaded_file(
         try: yield path
         except Exception as e:
             why = ' '.join(str(e).replace(f'{path}: ', '').replace(str(path), '').replace(path.name, '').split())
+            why = why.replace(" ''", '').replace(' ""', '') # where its name stood
             kind = '' if isinstance(e, (ValueError, OSError)) else f'{type(e).__name__} '
             raise ValueError(f"{short_name(name)} cannot be used: {kind}{why}".rstrip(': ')) from None
 

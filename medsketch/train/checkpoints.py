@@ -66,18 +66,32 @@ def checkpoints(
 # %% ../../nbs/05_train/04_checkpoints.ipynb #de113a6b
 _KINDS = dict(step=int, images=int, losses=dict, rng=dict, nets=dict, opts=list, callbacks=dict, meta=dict)
 
+def _tensors(x):
+    "Every tensor in a nested state"
+    if isinstance(x, torch.Tensor): yield x
+    for v in x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else (): yield from _tensors(v)
+
+def _whole(t):
+    "Is each of its numbers stored? `expand` makes thousands of millions out of one"
+    return t.storage_offset() * t.element_size() + t.nbytes <= t.untyped_storage().nbytes()
+
 def read_checkpoint(
     path,
 ) -> dict: # what `Trainer.state_dict` gave, and `meta`
     "A checkpoint's contents. Raises whatever shows that it is damaged or odd"
-    with zipfile.ZipFile(path) as z: damaged = z.testzip()
+    with zipfile.ZipFile(path) as z:
+        if any(i.compress_type for i in z.infolist()): raise TypeError("it is packed, as no checkpoint of ours is")
+        damaged = z.testzip()
     if damaged: raise zipfile.BadZipFile(f"{damaged} is damaged")
     state = torch.load(path, map_location='cpu', weights_only=True)
     if odd := [k for k, kind in _KINDS.items() if type(state[k]) is not kind]: raise TypeError(f"its {odd[0]} is odd")
+    if min(state['step'], state['images']) < 0: raise TypeError("it counts below zero")
     states = [*state['nets'].values(), *state['opts'], *state['callbacks'].values()]
     if not all(isinstance(v, dict) for v in states): raise TypeError("a state in it is odd")
     tensors = [*state['losses'].values(), *(t for net in state['nets'].values() for t in net.values())]
     if not all(isinstance(v, torch.Tensor) for v in tensors): raise TypeError("a tensor in it is odd")
+    if any(v.numel() != 1 for v in state['losses'].values()): raise TypeError("a loss in it is no number")
+    if not all(map(_whole, _tensors(state))): raise TypeError("a tensor in it is larger than what is stored of it")
     return state
 
 # %% ../../nbs/05_train/04_checkpoints.ipynb #066fd1d2
