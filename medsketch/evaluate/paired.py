@@ -168,7 +168,7 @@ def iqa(
 ) -> torch.Tensor: # (N,) float32
     """A score by pyiqa: TReS (Golestaneh et al. 2022) in [0, 100] and CLIP-IQA (Wang et al. 2023) in [0, 1],
     1 or 100 = good; ST-LPIPS (Ghildyal and Liu 2022), 0 = alike. Raises as `lpips` does, and `ValueError` for others"""
-    if name not in PYIQA: raise ValueError(f"no score called {name!r} of pyiqa is used here; there are {', '.join(PYIQA)}")
+    if name not in PYIQA: raise ValueError(f"no score called {name!r} is taken from pyiqa: {', '.join(PYIQA)} are")
     sets = (x,) if y is None else _check_partners(x, y)
     def make():
         from pyiqa import create_metric
