@@ -304,6 +304,18 @@ def test_a_picture_never_takes_the_place_of_something_else(medsketch, photos, tm
         assert out.exists() == (kind != "jpeg") and (before is None or os.lstat(out) == before)
 
 
+def test_pipes_are_never_waited_for(medsketch, trained, tmp_path):
+    "Nobody would write into them; and a page is not served for what is no run"
+    os.mkfifo(tmp_path / "pipe")
+    for line in (
+        f"push {trained} a/b --to {tmp_path}/to --privacy {tmp_path}/pipe",
+        f"studio {tmp_path}/pipe --no-browser --port 0",
+        f"explore {tmp_path}/pipe --no-browser --port 0",
+    ):
+        status, _, err = medsketch(line)
+        assert status == 1 and err.count("\n") == 1 and str(tmp_path / "pipe") in err and not (tmp_path / "to").exists()
+
+
 def test_weights_of_another_recipe_or_none(medsketch, trained, tmp_path):
     import pickle
 

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import typer
 
+from ..data.files import is_regular
 from .tools import apart, disk, find_run, free, need_text, tell
 
 # %% ../../nbs/11_cli/10_share.ipynb #fda66398
 def _privacy(path):
     "What `medsketch privacy --json` printed. Raises `ValueError` if the file holds something else"
     if path is None: return None
-    try: found = json.loads(Path(need_text('--privacy', path)).expanduser().read_text('utf-8'))
+    place = Path(need_text('--privacy', path)).expanduser()
+    if place.exists() and not is_regular(place): raise ValueError(f"--privacy {path}: a folder, pipe or device")
+    try: found = json.loads(place.read_text('utf-8'))
     except (OSError, ValueError) as e:
         raise ValueError(f"--privacy {path}: {getattr(e, 'strerror', None) or e}") from None
     if isinstance(found, dict) and isinstance(found.get('alarm'), bool): return found

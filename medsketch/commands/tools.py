@@ -289,6 +289,7 @@ def find_run(
     if text.startswith('hf://'): return text
     path = Path(text).expanduser()
     if path.exists():
+        if not (path.is_dir() or path.is_file()): raise ValueError(f"{text} is a pipe or a device: pass a run's folder")
         if path.is_file() and path.suffix != '.safetensors' and path.name != 'weights.safetensors':
             raise ValueError(f"{text} is not a file that medsketch saved: pass a .safetensors file or a run's folder")
         return path
