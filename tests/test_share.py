@@ -181,7 +181,7 @@ class Repositories(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     "A server that plays the Hub, which its library takes for it"
-    constants = pytest.importorskip('huggingface_hub', reason="medsketch[hub] is not installed").constants
+    constants = pytest.importorskip('huggingface_hub.constants', reason='medsketch[hub] is not installed')
     server = ThreadingHTTPServer(('127.0.0.1', 0), Repositories)
     server.files, server.asked, server.url = {}, [], f'http://127.0.0.1:{server.server_port}'
     threading.Thread(target=server.serve_forever, daemon=True).start()
