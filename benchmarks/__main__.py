@@ -11,11 +11,12 @@ import benchmarks
 from benchmarks.common import REFERENCE, measure_peak, table
 from medsketch.core import keep_memory
 
-SHARED = ('common', '__main__', 'small_data', 'diffusion', 'gpu')  # the last three are run by themselves
+ALONE = ('small_data', 'diffusion', 'gpu', 'latent', 'freehand', 'tumours')  # each is run by itself
 
 
 def main(wanted):
-    names = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in SHARED)
+    names = {m.name for m in pkgutil.iter_modules(benchmarks.__path__)} - {'common', '__main__', *ALONE}
+    names = sorted(names)
     unknown = sorted(set(wanted) - set(names))
     if unknown:
         sys.exit(f"no benchmark {', '.join(unknown)}; there are {', '.join(names)}")

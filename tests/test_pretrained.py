@@ -41,7 +41,7 @@ def eye_strokes(without=None):
 def test_all_are_there_and_small():
     assert set(packaged()) == set(PRETRAINED) and set(packaged('pgsgan', 'pggan')) == {'ultrasound', 'eyes'}
     assert set(packaged(*pretrained.ON_PAD)) == set(PRETRAINED) - {'eyes'}  # what the studio can draw with
-    assert sum(p.stat().st_size for p in pretrained.WEIGHTS.glob('*.safetensors')) <= 20e6
+    assert sum(p.stat().st_size for p in pretrained.WEIGHTS.glob('*.safetensors')) <= 40e6
     for n in packaged():
         c = card(n)
         assert f'medsketch pretrain {n}' in c and 'Not for diagnosis' in c and PRETRAINED[n].licence in c and 'L1' in c
@@ -54,6 +54,8 @@ def test_each_renders_what_its_card_says(name):
     blank = torch.zeros(1, getattr(r, 'planes', 1), c['size'], c['size'])
     if blank.shape[1] > 1:
         blank[:, 0, 32:-32, 32:-32] = 1  # an ovary; without it and without strokes the field is black
+    if name == 'pharynx':
+        blank[:, 0, 16:-16, 32] = 1  # a sheet without a stroke is refused
     image = r.render(blank)
     assert image.shape == (1, c['channels'], c['size'], c['size']) and image.isfinite().all() and image.std() > 0.05
     p = PRETRAINED[name]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from medsketch.data import ImageData
 from medsketch.models.hyper import bent_synthesis, layers_of, shape_of
-from medsketch.recipes import Sketch2MedI, SketchSynth, load_recipe
-from medsketch.recipes.sketch2medi import EncoderLosses, RefineLosses, Similarity, perceptual, refine
+from medsketch.recipes import Sketch2MedI, SketchSynth, StyleGAN2, load_recipe
+from medsketch.recipes.sketch2medi import GAN_ARGUMENTS, EncoderLosses, RefineLosses, Similarity, perceptual, refine
 
 TINY = {
     'size': 16,
@@ -118,6 +118,12 @@ def test_losses_are_zero_for_the_same_image_and_weighted():
     one, two = Similarity(1, 1, 1)(C, x, y), Similarity(2, 3, 4)(C, x, y)
     assert all(torch.isclose(two[k], f * one[k]) for k, f in (('l2', 2), ('lpips', 3), ('cos', 4)))
     assert perceptual([x], [2 * x]) < 1e-6 < perceptual([x], [y])
+
+
+def test_the_penalty_of_the_images_discriminator_is_not_that_of_the_styles():
+    from_size, given = make(r1=10.0), make(r1=10.0, r1_gan=2.0)
+    assert from_size.gan.game().r1 == StyleGAN2(**{k: v for k, v in TINY.items() if k in GAN_ARGUMENTS}).game().r1 < 1
+    assert given.gan.game().r1 == 2 and given.config['r1'] == 10
 
 
 def test_the_latent_loss_pulls_to_known_styles():

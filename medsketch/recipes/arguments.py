@@ -31,7 +31,7 @@ BOUNDS = dict( # argument: (least, most), both allowed
     refine_steps=(0, MOST), cycle=(0, 1e6), cam=(0, 1e6), kl=(0, 1e6),
     batches=(1, MOST), steps=(1, MOST), sketch_steps=(0, MOST), render_steps=(0, MOST), joint_steps=(0, MOST),
     mask_steps=(1, MOST), base_steps=(1, MOST), grow_steps=(1, MOST), full_steps=(1, MOST), blocks=(0, 100),
-    seg=(1, 255),
+    seg=(1, 255), r1_gan=(0, 1e6),
     fade_maps=(1, 4096), alpha_most=(0, 1), batch_size=(1, 65_536), critic=(1, 1000), pseudo=(1, 1000),
     seed=(-2**63, 2**64 - 1))
 POSITIVE = dict(lr=1, lr_sketch=1, lr_encoder=1, lr_latent=1, lr_g=1, lr_d=1, clip=100) # argument: most; above 0

@@ -179,7 +179,7 @@ class Sketch2MedIStages(SynthStages):
     "Who learns what, and when (§III.A)"
     def networks(self):
         c = self.config
-        self.gan = StyleGAN2(**{k: c[k] for k in GAN_ARGUMENTS}, steps=max(1, c['gan_steps']))
+        self.gan = StyleGAN2(**{k: c[k] for k in GAN_ARGUMENTS}, r1=c['r1_gan'], steps=max(1, c['gan_steps']))
         G, C = self.gan.nets['G'], MocoEncoder(c['channels'], 18, c['net_width'])
         E = SketchEncoder(c['size'], G.synthesis.styles, c['w_dim'], c['resnet'], c['net_width'], c['space'])
         H = HyperNetwork(G.synthesis, c['size'], c['channels'], min(c['resnet'], 34), c['net_width'], c['rank'])
@@ -336,6 +336,7 @@ class Sketch2MedI(Sketch2MedIData, Sketch2MedIStages, Sketch2MedIDrawing, Sketch
                  adv:float=.1, # λ of the latent discriminator (Eq. 5)
                  r1:float=10., # γ of its penalty (Eq. 3)
                  path_length:float=2., # of G
+                 r1_gan:float|None=None, # γ of the penalty of G's discriminator; None: as in StyleGAN2, by size
                  mixing:float=.9, # of G
                  diffaugment:str|None='bgc', # in front of G's discriminator
                  ada:float|None=.6, # adaptive augmentation; None keeps it on or off

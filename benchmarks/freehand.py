@@ -1,0 +1,188 @@
+"""Table I of Cap and Fukuda 2024 on drawn throats of 64 pixels: Sketch2MedI and four other systems, roughly drawn.
+
+    python -m benchmarks.freehand segment OUT     # S, on 400 annotated throats
+    python -m benchmarks.freehand train OUT NAME  # sketch2medi, pix2pix, cyclegan, unit or ugatit, on 2,000 others
+    python -m benchmarks.freehand table OUT       # scores at five levels of distortion, by three drawers
+    python -m benchmarks.freehand retrieval OUT   # what the encoder's codes find
+
+Runs lie in OUT and go on where they stopped. What is found goes into nbs/images/freehand.json, pictures lie beside it.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from medsketch.core import atomic_write, grid, to_pixels
+from medsketch.data import ImageData, phantom_data
+from medsketch.evaluate.levels import LEVELS, drawn_by, score_levels, table_scores
+from medsketch.evaluate.moco import load_moco, train_moco
+from medsketch.evaluate.retrieve import (
+    chance_at,
+    edge_histograms,
+    hits,
+    index_sketches,
+    recall_at,
+    sketch_pixels,
+    style_codes,
+)
+from medsketch.pretrained import THROATS
+from medsketch.recipes import load_recipe, recipe_class
+from medsketch.recipes.sketch_synth import objects_dice
+
+SIZE, IMAGES = 64, Path(__file__).parents[1] / 'nbs/images'
+throats = lambda n, seed: phantom_data('pharynx', n, SIZE, seed=seed)
+annotated, learned, held = partial(throats, 400, 5000), partial(throats, 2000, 0), partial(throats, 100, 9000)
+UNPAIRED = {'scale': 'cpu', 'receptive_field': 34}
+SYSTEMS = {
+    'sketch2medi': THROATS | {'segment_steps': 0},
+    'pix2pix': {'size': SIZE, 'ngf': 32, 'ndf': 32, 'receptive_field': 34, 'batch_size': 8, 'lr': 5e-4},
+    'cyclegan': UNPAIRED,
+    'unit': UNPAIRED,
+    'ugatit': {'scale': 'cpu'},
+}
+NAMES = {'pix2pix': 'pix2pix', 'cyclegan': 'CycleGAN', 'unit': 'UNIT', 'ugatit': 'U-GAT-IT'}
+
+
+def make(name, **more):
+    "A recipe with the settings of this table"
+    given = SYSTEMS[name] | more
+    cls = recipe_class(name)
+    return cls(**cls.presets[given.pop('scale')] | given) if 'scale' in given else cls(**given)
+
+
+def segment(a):
+    "Train S on annotated throats"
+    steps = {'segment_steps': 1000, 'gan_steps': 0, 'moco_steps': 0, 'encoder_steps': 0, 'refine_steps': 0}
+    make('sketch2medi', **steps).fit(learned_images(), a.out / 'segment', more=annotated(), every=250)
+
+
+def learned_images():
+    "Images without a mask: what S does not draw, nobody knows"
+    return ImageData(learned().images)
+
+
+def sketched(a, data):
+    "The same images with the sketches that S draws"
+    return load_recipe(a.out / 'segment').sketch_all(ImageData(data.images))
+
+
+def train(a):
+    "Train one system"
+    steps = {} if a.steps is None else {'steps': a.steps}
+    recipe, run = make(a.name, **steps), a.out / a.name
+    if a.name == 'sketch2medi':
+        return recipe.fit(learned_images(), run, init={'S': a.out / 'segment'}, every=200)
+    recipe.fit(sketched(a, learned()), run, every=200)
+
+
+def features(a):
+    "An extractor that no system has learned from: not the one in the losses of E and H"
+    if not (a.out / 'moco/weights.safetensors').exists():
+        train_moco(learned_images(), a.out / 'moco', steps=300, width=0.25, seed=1)
+    return load_moco(a.out / 'moco')
+
+
+def systems(a):
+    "{name: sketches -> images}; the last does not look at its sketch"
+    ours, mean = load_recipe(a.out / 'sketch2medi'), learned().batch(range(0, 2000, 4))['image'].mean(0)
+    out = {NAMES[n]: load_recipe(a.out / n).render for n in NAMES if (a.out / n / 'weights.safetensors').exists()}
+    out |= {'Sketch2MedI without H': lambda s: ours.render(s, steps=0)[0], 'Sketch2MedI': ours.render}
+    return ours, out | {'the mean throat': lambda s: mean.expand(len(s), -1, -1, -1)}
+
+
+def agreement(ours, real):
+    "Dice of what S finds in images and in the real ones, which it looks at once"
+    pair = lambda o: (o['masks'], o['classes'])
+    true = list(map(pair, ours.find(real)))
+    return lambda made: float(np.nanmean([objects_dice(pair(o), t) for o, t in zip(ours.find(made), true)]))
+
+
+def note(key, value):
+    "One section of the results"
+    path = IMAGES / 'freehand.json'
+    known = json.loads(path.read_text()) if path.exists() else {}
+    with atomic_write(path) as f:
+        f.write(json.dumps(known | {key: value}, indent=1).encode())
+
+
+def table(a):
+    "Scores and pictures"
+    ours, made = systems(a)
+    data = held()
+    real, drawn = data.batch(range(len(data)))['image'], sketched(a, data)
+    sketches = drawn.batch(range(len(drawn)))['sketch']
+    dice = agreement(ours, real)
+    found = score_levels(made, sketches, real, table_scores(lambda _, x: dice(x), features(a)))
+    scores = {f'{s}|{v:g}|{k}': found.summary(s, v, k) for s, v, k in found.values}
+    seen = {n: json.loads((a.out / n / 'config.json').read_text())['config'] for n in SYSTEMS if (a.out / n).exists()}
+    note(
+        'table',
+        {'scores': scores, 'absent': found.absent, 'systems': list(made), 'levels': LEVELS, 'images': len(data)},
+    )
+    note(
+        'trained',
+        {n: {k: v for k, v in c.items() if k.endswith('steps') or k == 'batch_size'} for n, c in seen.items()},
+    )
+    for level in (0.0, 0.5, 1.0):
+        picture(f'freehand_{level:g}', drawn_by(sketches[:8], level, 0), real[:8], made)
+    steps = torch.stack(ours.render(drawn_by(sketches[:6], 0.5, 0), steps=3))
+    note('steps', [dice(x) for x in ours.render(sketches, steps=3)])
+    save(IMAGES / 'freehand_steps.jpg', grid([to_pixels(x) for row in steps for x in row], 6))
+
+
+def picture(name, sketches, real, made):
+    "Rows: sketches, what each system makes of them, the images they were drawn of"
+    rows = [
+        [to_pixels(s, 'sketch') for s in sketches],
+        *(list(map(to_pixels, f(sketches).cpu())) for f in made.values()),
+    ]
+    save(IMAGES / f'{name}.jpg', grid([colour(p) for r in [*rows, map(to_pixels, real)] for p in r], len(sketches)))
+
+
+def colour(p):
+    "Pixels with three channels"
+    return cv2.cvtColor(p, cv2.COLOR_GRAY2RGB) if p.ndim == 2 else p
+
+
+def save(path, pixels):
+    "A JPEG of at least 1,000 pixels"
+    k = -(-1000 // pixels.shape[1])
+    big = cv2.resize(pixels, None, fx=k, fy=k, interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(path), big[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
+
+
+def retrieval(a):
+    "Recall among 100 others, for sketches as computed and drawn"
+    data = held()
+    whole = data.with_sketches(sketched(a, data).sketches)
+    wanted, drawn = hits(data, data, 0.85), whole.batch(range(len(whole)))['sketch']
+    ways = {
+        'W codes': style_codes(load_recipe(a.out / 'sketch2medi')),
+        'HOG': edge_histograms(),
+        'pixels': sketch_pixels(),
+    }
+    out = {'chance': chance_at(wanted)}
+    for name, extractor in ways.items():
+        index = index_sketches(whole, extractor)
+        out[name] = {f'{v:g}': recall_at(index, drawn_by(drawn, v, 0), wanted) for v in LEVELS}
+    note('retrieval', out)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('what', choices=('segment', 'train', 'table', 'retrieval'))
+    p.add_argument('out', type=Path, help='folder of the runs')
+    p.add_argument('name', nargs='?', choices=SYSTEMS)
+    p.add_argument('--steps', type=int, help='batches of a system other than sketch2medi')
+    a = p.parse_args()
+    globals()[a.what](a)
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    main()
