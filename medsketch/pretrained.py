@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['ROUND', 'WIDE', 'LIMITS', 'SMALL', 'LARGE', 'DRAWN', 'WHOLE', 'PLAIN', 'THROATS', 'NO_PATIENT', 'FROM_PATIENTS',
-           'PRETRAINED', 'ON_PAD', 'WEIGHTS', 'HANDS', 'SEEN', 'DREW', 'DOES', 'SCORED', 'EXPLAINED', 'NETWORKS',
-           'Pretrained', 'packaged', 'find_weights', 'find_named', 'load', 'card', 'pretraining_data', 'pretrain',
-           'what_is_drawn', 'score_renderer', 'score_encoder', 'score_freehand', 'score_generator', 'pack']
+           'PRETRAINED', 'ON_PAD', 'WEIGHTS', 'HANDS', 'Pretrained', 'packaged', 'find_weights', 'find_named', 'load',
+           'card', 'pretraining_data', 'pretrain', 'what_is_drawn', 'score_renderer', 'score_encoder', 'score_freehand',
+           'score_generator', 'pack']
 
 # %% ../nbs/09_pretrained.ipynb #50b6e62d
 import re
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .cards import model_card
 from .core import atomic_write
 from .data import cache_dir, join, load_images, phantom_data, split_by_subject
 from .sketch.conditions import add_background_sketches
@@ -281,6 +281,7 @@ def score_encoder(
     least = (_mean_image(train) - held.batch(range(len(held)))['image']).abs().mean().item()
     return dict(variants=rows, mean_image=(least, 0.), seen={}, held=len(held), trained=len(train))
 
+# %% ../nbs/09_pretrained.ipynb #a9d0a7f0
 HANDS = {'as S draws it': 0., 'drawn, level 0.5': .5, 'drawn, level 1': 1.} # how roughly, see `freehand`
 
 def score_freehand(
@@ -332,97 +333,5 @@ def pack(
     packed, (train, held) = load_recipe(path), pretraining_data(name, data)
     score = dict(pggan=score_encoder, sketch2medi=score_freehand).get(p.recipe, score_renderer)
     s = score(packed, train, held) | dict(drawn=score_generator(packed, train, extractor))
-    with atomic_write(folder/f'{name}.md') as f: f.write(_card(name, p, r, s, path).encode())
+    with atomic_write(folder/f'{name}.md') as f: f.write(model_card(name, p, r, s, path).encode())
     return path
-
-# %% ../nbs/09_pretrained.ipynb #5b0e71c0
-SEEN = dict( # figures of `render_scores`: what they say, and what is aimed at
-    contrast=('depth of vessels, over the photographs\'', '0.9 to 1.15'),
-    lattice=('energy at the periods of a lattice, over the photographs\'', 'at most 1.2'),
-    sharpness=('variance of the Laplacian, over the photographs\'', '0.8 to 1.3'),
-    locality=('share of an edit\'s change within 0.08 sides of it', 'at least 0.85'),
-    erased=('depth of erased vessels, over their depth before', 'at most 0.1'))
-DREW = dict( # figures of `generator_scores`, in the same way
-    sameness=('mean correlation of two sketches, over real ones\'', 'at most 1.2'),
-    swd=('SWD of sketches, over that between real halves', 'at most 1'),
-    continuity=('octaves between the lengths of lines, drawn and real', 'at most 1'),
-    fid=('FID of images, over that between real halves', 'at most 1.5'),
-    copies=('share of images suspiciously near to a training image', '0.05 is innocent'))
-
-DOES = dict(skrgan='Renders a sketch as a', pgsgan='Renders a mask with a background sketch as a',
-            pggan='Draws, from noise or from the code of a real one, a', sketch2medi='Takes a rough sketch for a')
-SCORED = dict(pggan=('code', 'L1', 'Dice of the vessels'), # columns of a table; ('sketch', 'L1', 'MS-SSIM') if not here
-              sketch2medi=('sketch', 'L1', 'Dice of the objects'))
-EXPLAINED = dict(pggan='`encoder`: what comes back through the code that the encoder finds; `search`: after 200 steps '
-                 'of search from there; `random`: another sample. Dice: 1 is identical.',
-                 sketch2medi='Dice of what S finds in the image and in the photograph: 1 is identical. The mean image '
-                 'looks at no sketch.')
-NETWORKS = dict(pggan='Progressive GAN with segmentation maps, and its encoder (Beers et al. 2018)',
-                skrgan='U-Net renderer of SkrGAN (Zhang et al. 2019, §2.2)',
-                pgsgan='Residual renderer of PGSgan with fade-in blocks (Liang et al. 2020, §2.1 to §2.4)',
-                sketch2medi='Sketch synthesizer, StyleGAN2, encoder and refinement network (Cap and Fukuda 2024)')
-
-def _targets(figures, found):
-    "Rows of a table: a figure, what it says, what is aimed at, what was found"
-    return '\n'.join(f'| {k} | {what} | {aim} | {found[k]:.2f} |' for k, (what, aim) in figures.items() if k in found)
-
-def _what_is_seen(rows):
-    "The part of a card on renderings; nothing for what does not render"
-    return rows and f"""## What the eye sees
-
-| | | aimed at | here |
-|---|---|---|---|
-{rows}
-"""
-
-def _from_noise(rows, found):
-    "The part of a card on what is drawn from noise; nothing for a renderer alone"
-    if not rows: return ''
-    return f"""
-## What is drawn from noise
-
-{found['n']} sketches and images against those trained on. Features of FID: {found['features']}.
-
-| | | aimed at | here |
-|---|---|---|---|
-{rows}
-"""
-
-# %% ../nbs/09_pretrained.ipynb #3f2468f1
-def _steps(r):
-    "Batches that the weights come from"
-    if r.config.get('render_steps'): return r.config['render_steps']
-    return r.growth.steps if hasattr(r, 'growth') else sum(v for k, v in r.config.items() if k.endswith('_steps'))
-
-def _card(name, p, r, s, path):
-    "The model card, from what is known"
-    scores = s['variants'] | {'*mean training image*': s['mean_image']}
-    rows = '\n'.join(f'| {k} | {a:.3f} | {b:.3f} |' for k, (a, b) in scores.items())
-    seen, drew = _targets(SEEN, s['seen']), _targets(DREW, s['drawn'])
-    c, size = r.config, f"{path.stat().st_size / 1e6:.1f} MB"
-    millions = sum(t.numel() for net in r.shared.values() for t in net.parameters()) / 1e6
-    batch = c['batch_size'][c['size']] if isinstance(c['batch_size'], dict) else c['batch_size']
-    needs, steps = '' if p.licence == 'Apache 2.0' else ' --data DIR', _steps(r)
-    return f"""# {name}
-
-{DOES[p.recipe]} {p.shows}, {c['size']} × {c['size']} pixels. **Synthetic images. Not for diagnosis.**
-
-- **Network**: {NETWORKS[p.recipe]}, {millions:.1f} million weights in 16 bits, {size}
-- **Images**: {p.source}; {p.licence}. Trained on {s['trained']}, scored on {s['held']} of other subjects
-- **Training**: `medsketch pretrain {name}{needs} --out RUN`; {steps} batches of {batch},
-  on {p.machine}, seed {c['seed']}{p.how and '. What was done: ' + p.how}
-- **Date**: {date.today().isoformat()}
-
-## Scores on the images held back
-
-L1 is the mean absolute difference, range 0 to 2. {EXPLAINED.get(p.recipe, 'MS-SSIM: 1 is identical.')}
-
-| {' | '.join(SCORED.get(p.recipe, ('sketch', 'L1', 'MS-SSIM')))} |
-|---|---|---|
-{rows}
-
-{_what_is_seen(seen)}{_from_noise(drew, s['drawn'])}
-## Limits
-
-{p.limits}
-"""

@@ -281,6 +281,7 @@ def room(
     if needed <= left: return
     raise ValueError(f"{what} need about {needed / 1e9:,.1f} GB, and {left / 1e9:,.1f} GB are free in {here}")
 
+# %% ../../nbs/11_cli/01_tools.ipynb #61bfb985
 def find_run(
     name, # a run's folder, a .safetensors file, a packaged name or hf://user/name
 ): # what `medsketch.load` takes

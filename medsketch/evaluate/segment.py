@@ -190,8 +190,8 @@ class _Files:
         "Write arguments and weights in one file. Raises `RuntimeError` if the disk refuses"
         flat = {k: t.detach().cpu().contiguous() for k, t in self.net.state_dict().items()}
         try:
-            with atomic_write(path) as f:
-                f.write(to_bytes(flat, metadata={'medsketch-segmenter': json.dumps(self.config)}))
+            about = {'medsketch-segmenter': json.dumps(self.config)}
+            with atomic_write(path) as f: f.write(to_bytes(flat, metadata=about))
         except OSError as e: raise RuntimeError(f"could not write {path}: {e.strerror or e}") from e
 
     @classmethod
@@ -205,10 +205,9 @@ class _Files:
             with safe_open(path if path.is_file() else '', 'pt') as f:  # a pipe would wait
                 config, flat = json.loads(f.metadata()['medsketch-segmenter']), {k: f.get_tensor(k) for k in f.keys()}
             without_memory(lambda: cls(**config)).net.load_state_dict(flat, assign=True) # shapes, before memory
-            s = cls(**config)
-            s.net.load_state_dict(flat)
+            (s := cls(**config)).net.load_state_dict(flat)
         except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as e:
-            why = 'there is no such file' if not path.is_file() else ' '.join(str(e).split())[:100]
+            why = ' '.join(str(e).split())[:100] if path.is_file() else 'there is no such file'
             raise ValueError(f"{path} holds no segmenter ({why})") from None
         return s.to(device or default_device())
 
