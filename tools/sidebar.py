@@ -12,7 +12,7 @@ SECTIONS = {
     "Sketch": ["03_sketch"],
     "Models": ["04_models"],
     "Training": ["05_train"],
-    "Systems": ["06_recipes", "09_pretrained.ipynb"],
+    "Systems": ["06_recipes", "09_pretrained.ipynb", "09_cards.ipynb"],
     "Evaluation": ["07_evaluate"],
     "Studio": ["08_studio"],
     "Reference": ["00_core.ipynb", "00_diagrams.ipynb", "10_datasheet.ipynb", "10_dicom.ipynb", "10_processes.ipynb",
