@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from medsketch.evaluate import paired
+from medsketch.evaluate import levels, paired
 from medsketch.evaluate.levels import LEVELS, LevelScores, drawn_by, score_levels, table_scores
 from medsketch.recipes import Sketch2MedI
 from medsketch.sketch.freehand import freehand
@@ -78,7 +78,17 @@ def test_scores_by_hand():
     assert scores['L1'](made, real) == 0.5 and scores['Dice'](made, real) == 0.25
     assert seen[0][0] is real and seen[0][1] is made  # agreement(real, made)
     assert math.isclose(scores['FID'](made, real), 0.5, rel_tol=1e-3)
-    assert set(table_scores()) == {'L1', 'LPIPS', 'DISTS'}
+    assert set(table_scores()) == {'L1', 'LPIPS', 'DISTS', 'ST-LPIPS', 'TReS', 'CLIP-IQA'}
+
+
+def test_quality_is_of_the_image_alone_and_likeness_of_the_pair(monkeypatch):
+    monkeypatch.setattr(levels, 'iqa', lambda name, x, y=None: torch.tensor([float(x.mean()), 0 if y is None else 8]))
+    made, real = torch.ones(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)
+    got = {k: table_scores()[k](made, real) for k in ('TReS', 'CLIP-IQA', 'ST-LPIPS')}
+    assert got == {'TReS': 0.5, 'CLIP-IQA': 0.5, 'ST-LPIPS': 4.5}
+    found = LevelScores({('a', 0.0, k): [v] for k, v in got.items()})
+    assert found.lines('TReS')[0][0] == 'TReS (higher is better)'
+    assert found.lines('ST-LPIPS')[0][0] == 'ST-LPIPS (lower is better)'
 
 
 def test_what_does_not_pair_is_refused():
