@@ -10,7 +10,6 @@ import argparse
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -68,10 +67,10 @@ def agreement(r, held):
 
 
 def shown(x):
-    "Four contrasts side by side in a square, or a mask, as pixels"
+    "The first contrast, or a mask, as pixels"
     if x.ndim == 2:
         return mask_to_rgb(x.numpy(), PALETTE)
-    return cv2.cvtColor(to_pixels(x[:1]), cv2.COLOR_GRAY2RGB)
+    return to_pixels(x[:1])
 
 
 def side(mask):
