@@ -1215,9 +1215,10 @@ def test_a_row_that_is_there_twice_counts_once(tmp_path):
 
 
 def test_a_table_may_lead_outside_if_allowed_and_utf16_is_read(tmp_path):
-    put(tmp_path / 'far.png')
+    put(tmp_path / 'far.png'), put(tmp_path / 'farther.png')
     (tmp_path / 'd').mkdir()
-    (tmp_path / 'd/manifest.csv').write_bytes(f'image,subject\n../far.png,ä\n{tmp_path}/far.png,b'.encode('utf-16'))
+    rows = f'image,subject\n../far.png,ä\n{tmp_path}/farther.png,b'  # by a relative path, and an absolute one
+    (tmp_path / 'd/manifest.csv').write_bytes(rows.encode('utf-16'))
     ds = load(tmp_path / 'd', outside=True)
     assert len(ds) == 2 and ds.subjects == ['ä', 'b'] and ds.subjects_known
     with pytest.raises(ValueError, match='no such table'):
