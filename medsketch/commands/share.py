@@ -11,13 +11,13 @@ from pathlib import Path
 
 import typer
 
-from ..data.files import is_regular
 from .tools import apart, disk, find_run, free, need_text, tell
 
 # %% ../../nbs/11_cli/10_share.ipynb #fda66398
 def _privacy(path):
     "What `medsketch privacy --json` printed. Raises `ValueError` if the file holds something else"
     if path is None: return None
+    from medsketch.data.files import is_regular
     place = Path(need_text('--privacy', path)).expanduser()
     if place.exists() and not is_regular(place): raise ValueError(f"--privacy {path}: a folder, pipe or device")
     try: found = json.loads(place.read_text('utf-8'))
