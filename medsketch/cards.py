@@ -32,7 +32,7 @@ def targets(
 
 # %% ../nbs/09_cards.ipynb #11774f90
 DOES = dict(skrgan='Renders a sketch as a', pgsgan='Renders a mask with a background sketch as a',
-            pggan='Draws, from noise or from the code of a real one, a', sketch2medi='Takes a rough sketch for a')
+            pggan='Draws, from noise or from the code of a real one, a', sketch2medi='Makes of a rough sketch a')
 SCORED = dict(pggan=('code', 'L1', 'Dice of the vessels'), # columns of a table; ('sketch', 'L1', 'MS-SSIM') if not here
               sketch2medi=('sketch', 'L1', 'Dice of the objects'))
 EXPLAINED = dict(pggan='`encoder`: what comes back through the code that the encoder finds; `search`: after 200 steps '
