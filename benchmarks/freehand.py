@@ -134,12 +134,7 @@ def picture(name, sketches, real, made):
         [to_pixels(s, 'sketch') for s in sketches],
         *(list(map(to_pixels, f(sketches).cpu())) for f in made.values()),
     ]
-    save(IMAGES / f'{name}.jpg', grid([colour(p) for r in [*rows, map(to_pixels, real)] for p in r], len(sketches)))
-
-
-def colour(p):
-    "Pixels with three channels"
-    return cv2.cvtColor(p, cv2.COLOR_GRAY2RGB) if p.ndim == 2 else p
+    save(IMAGES / f'{name}.jpg', grid([p for r in [*rows, map(to_pixels, real)] for p in r], len(sketches)))
 
 
 def save(path, pixels):

@@ -105,6 +105,16 @@ def test_unlike_images_of_another_modality():
         assert (own < other).all(), (name, own, other)
 
 
+def test_throats_follow_their_contours_and_bear_a_scrawl():
+    from medsketch.evaluate.levels import drawn_by
+
+    r, real = load('pharynx'), phantom_data('pharynx', 12, 64, seed=9500).batch(range(12))['image']
+    contours = r.sketch(real)
+    own, rough = r.render(contours), r.render(drawn_by(contours, 1.0, 0))
+    assert r.agreement(real, own) > r.agreement(real, own.roll(1, 0)) + 0.08  # another throat's answer is worse
+    assert r.agreement(real, rough) > 0.6 and rough.std(0).mean() > 0.04  # whole throats, not one
+
+
 def test_where_weights_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv('MEDSKETCH_CACHE', str(tmp_path / 'cache'))
     monkeypatch.chdir(tmp_path)
