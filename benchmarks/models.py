@@ -32,11 +32,12 @@ def update(loss, opt):
     opt.zero_grad()
 
 
-def pggan_step(size, batch, bf16):
+def pggan_step(size, batch, bf16, channels=3, latent=512, fmaps=None):
     "One discriminator and one generator update, WGAN-GP"
-    G, D = PGGenerator(size), PGDiscriminator(size)
+    G = PGGenerator(size, channels, latent, fmaps=fmaps)
+    D = PGDiscriminator(size, channels, fmaps=fmaps)
     opt_g, opt_d = (adam(net, 1e-3, (0.0, 0.99)) for net in (G, D))
-    real = torch.rand(batch, 3, size, size) * 2 - 1
+    real = torch.rand(batch, channels, size, size) * 2 - 1
 
     def step():
         with autocast(bf16):
