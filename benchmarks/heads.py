@@ -26,7 +26,7 @@ from medsketch.recipes.pgsgan import ablation
 
 SIZE, IMAGES = 128, Path(__file__).parents[1] / 'nbs/images'
 SMALL = {'ngf': 16, 'ndf': 16, 'fade_maps': 16, 'classes': 2, 'augment': 'mirror'}
-STEPS = {'phantoms': (400, 100, 400), 'real': (1, 1, 298)}  # base, each growth, full
+STEPS = {'phantoms': (200, 50, 200), 'real': (1, 1, 198)}  # base, each growth, full
 NAMES = ('cGAN', 'Sgan', 'PGSgan')
 
 

@@ -26,6 +26,7 @@ from medsketch.evaluate.variety import over_halves, real_halves, sameness
 from medsketch.recipes import PGGAN, load_recipe
 
 SIZE, N, IMAGES = 64, 256, Path(__file__).parents[1] / 'nbs/images'
+LEAST = 10  # pixels of a tumour
 LABELS = ['oedema', 'enhancing', 'necrosis']
 WIDTHS = {4: 96, 8: 96, 16: 64, 32: 32, 64: 16}
 SETTINGS = {'size': SIZE, 'start': SIZE, 'channels': 4, 'latent_dim': 64, 'widths': WIDTHS, 'lr': 2e-3}
@@ -60,7 +61,7 @@ def agreement(r, held):
     found, labels, true = s.segment(made['image']) > 0, made['mask'] > 0, real['mask'] > 0
     rows = [y for x in (made['image'], labels.long(), found.long()) for y in x[:16]]
     save(IMAGES / 'tumours_pairs.jpg', grid([shown(x) for x in rows], 16))
-    share = lambda m: (m.flatten(1).any(1).float().mean().item(), m.float().mean().item())
+    share = lambda m: ((m.flatten(1).sum(1) >= LEAST).float().mean().item(), m.float().mean().item())
     out = {'dice': dice(found, labels), 'with labels of others': dice(found, labels.roll(1, 0))}
     out |= {'on phantoms': dice(s.segment(real['image']) > 0, true), 'drawn': share(labels), 'phantoms': share(true)}
     return {k: v.item() for k, v in fits.items()} | out
