@@ -4,7 +4,7 @@
     python -m benchmarks.heads real OUT --data DIR     # each goes on with half of the photographs, and with the other
     python -m benchmarks.heads score OUT --data DIR    # all photographs, each drawn by the network that did not see it
 
-DIR holds images and masks, as `medsketch data hc18 --to DIR` lays them out. What is found goes into OUT/heads.json.
+DIR holds images and masks, as `medsketch data hc18 --to DIR` lays them out. What is found goes into nbs/images/heads.json, a picture lies beside it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from medsketch.recipes.pgsgan import ablation
 
 SIZE, IMAGES = 128, Path(__file__).parents[1] / 'nbs/images'
 SMALL = {'ngf': 16, 'ndf': 16, 'fade_maps': 16, 'classes': 2, 'augment': 'mirror'}
-STEPS = {'phantoms': (200, 50, 200), 'real': (1, 1, 198)}  # base, each growth, full
+STEPS = {'phantoms': (200, 50, 200), 'real': (1, 1, 148)}  # base, each growth, full
 NAMES = ('cGAN', 'Sgan', 'PGSgan')
 
 
@@ -103,7 +103,7 @@ def score(a):
             found[name] = closeness(x, truth) | {'kid': distance, 'sharpness': sharpness(x) / sharpness(truth)}
     rows = [made[k] for k in ('real', 'sketch', *NAMES)]
     save(IMAGES / 'hc18_heads.jpg', grid([to_pixels(x) for r in rows for x in r[:8]], 8))
-    with atomic_write(a.out / 'heads.json') as f:
+    with atomic_write(IMAGES / 'heads.json') as f:
         f.write(json.dumps({'images': len(truth), 'systems': found}, indent=1).encode())
 
 
