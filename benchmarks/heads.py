@@ -4,7 +4,8 @@
     python -m benchmarks.heads real OUT --data DIR     # each goes on with half of the photographs, and with the other
     python -m benchmarks.heads score OUT --data DIR    # all photographs, each drawn by the network that did not see it
 
-DIR holds images and masks, as `medsketch data hc18 --to DIR` lays them out. What is found goes into nbs/images/heads.json, a picture lies beside it.
+DIR holds images and masks, as `medsketch data hc18 --to DIR` lays them out. What is found goes into
+nbs/images/heads.json, a picture lies beside it.
 """
 
 import argparse
