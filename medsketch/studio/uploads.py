@@ -37,7 +37,7 @@ def uploaded_file(
     content:bytes,
 ): # yields a path
     "An uploaded file, for as long as it is being read. Raises `ValueError` naming the file, whatever went wrong"
-    ending = re.search(r'(\.nii)?\.[A-Za-z0-9]{1,8}$', name)
+    ending = re.search(r'(\.nii)?\.[a-z0-9]{1,8}$', name, re.IGNORECASE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/f"upload{ending[0].lower() if ending else ''}"
         path.write_bytes(content)
