@@ -30,7 +30,7 @@ class Backbone(nn.Module):
         depth:int=50, # 18, 34, 50 or 101
         width:float=1., # times the usual 64 … 512 maps
         stem:int=2, # stride of the first convolution; 1 for small images
-        norm:str='group', # or 'batch', as downloaded weights have it
+        norm:str='group', # of the first layer, or 'batch', as downloaded weights have it; the blocks have batch norm
     ):
         from monai.networks.nets.resnet import ResNet  # slow to import, and needed here only
 

@@ -61,7 +61,7 @@ class Views:
 DEPTHS = {18: ('basic', [2, 2, 2, 2]), 50: ('bottleneck', [3, 4, 6, 3])}
 
 class MocoEncoder(nn.Module):
-    "ResNet with group normalisation, and a projection head for training"
+    "ResNet with group normalisation in its first layer, and a projection head for training"
     def __init__(self,
                  channels:int=3, # of the images
                  depth:int=18, # 18 or 50
