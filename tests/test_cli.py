@@ -441,7 +441,7 @@ def served(monkeypatch, medsketch, line):
     "The code of the page that a command would serve"
     pages = []
     read = lambda command: pages.append(json.loads(Path(command[3]).read_text())) or 0
-    monkeypatch.setattr("subprocess.call", read)
+    monkeypatch.setattr("medsketch.studio.app.until_stopped", read)
     assert medsketch(f"{line} --port 0 --no-browser")[0] == 0
     return pages[0]["cells"][0]["source"]
 

@@ -1,6 +1,7 @@
 "What strangers' files do to reading: every kind of fault makes its own input here, and the right value is asserted."
 
 import gzip
+import itertools
 import json
 import os
 import warnings
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from medsketch.data import (
     ImageData,
@@ -24,7 +26,7 @@ from medsketch.data import (
 )
 from medsketch.data.batches import Batches
 from medsketch.data.cases import find_cases
-from medsketch.data.files import open_picture, shown, to_eight_bits
+from medsketch.data.files import TURNS, open_picture, shown, to_eight_bits
 from medsketch.data.masks import read_mask
 from medsketch.data.readers import (
     image_to_square,
@@ -530,7 +532,13 @@ def test_label_maps_are_left_alone(tmp_path, labels):
 
 def test_float_label_maps_and_probabilities_in_volumes(tmp_path):
     v = np.repeat(DISC[..., None], 3, 2)
-    for name, a in {'labels': v * 2.0001, 'probability': v * 0.8, 'nan': np.where(v, 1.0, np.nan)}.items():
+    softmax = np.where(v, 0.9, 0.1)  # never quite nothing
+    for name, a in {
+        'labels': v * 2.0001,
+        'probability': v * 0.8,
+        'softmax': softmax,
+        'nan': np.where(v, 1.0, np.nan),
+    }.items():
         got = read_mask(nifti(tmp_path / f'{name}.nii.gz', a.astype(np.float32)))
         assert all(((g > 0) == (got[0] > 0)).all() for g in got) and (got[0] > 0).sum() == DISC.sum()
     with pytest.raises(ValueError, match='with 2 channels'):
@@ -1061,6 +1069,39 @@ def test_previews_behind_a_picture_are_no_slices(tmp_path, monkeypatch):
     monkeypatch.setattr(files, 'MOST_BYTES', 3 * S * S * 8 - 1)
     with pytest.raises(ValueError, match='3 pages of 32×32 pixels would take'):
         read_image(many)
+
+
+def test_pages_of_a_stack_are_walked_through_once(tmp_path, monkeypatch):
+    "Pillow goes to a page by walking from the first: thousands of pages, each sought anew, took minutes"
+    walked = []
+    seek = TiffImageFile._seek
+    monkeypatch.setattr(TiffImageFile, '_seek', lambda im, i: (walked.append(i), seek(im, i))[1])
+    path = stack(tmp_path / 'a.tif', [FORE] * 20)
+    for read in (read_image, read_mask):
+        walked.clear()
+        assert len(read(path)) == 20 and len(walked) <= 3 * 20
+        assert sum(a > b for a, b in itertools.pairwise(walked)) <= 3  # back to the first page, for another walk
+    monkeypatch.setattr(files, 'MOST_PAGES', 19)
+    with pytest.raises(ValueError, match='more than 19 pages'):
+        read_image(path)
+    monkeypatch.setattr(files, 'MOST_PAGES', 20)
+    assert len(read_image(path)) == 20
+    walked.clear()
+    monkeypatch.setattr(files, 'MOST_BYTES', 5 * S * S * 8 - 1)
+    with pytest.raises(ValueError, match='5 pages of'):
+        read_image(path)
+    assert len(walked) <= 6  # refused there, whatever follows
+
+
+def test_pages_turn_with_their_masks(tmp_path):
+    for i in (1, 3, 6):
+        tag = {274: i}
+        stack(tmp_path / f'{i}/images/a.tif', [NOISE] * 2, tiffinfo=tag)
+        stack(tmp_path / f'{i}/masks/a.tif', [FORE] * 2, tiffinfo=tag)
+        ds = load(tmp_path / f'{i}')
+        turn = TURNS.get(i, lambda a: a)
+        assert all((ds.images[k, 0] == turn(NOISE)).all() for k in range(2))
+        assert all(((ds.masks[k] > 0) == (turn(FORE) > 0)).all() for k in range(2))
 
 
 def test_patient_folders_are_subjects_where_names_repeat(tmp_path):

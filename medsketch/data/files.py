@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PICTURES', 'VRS', 'LEAST_SIDE', 'MOST_PIXELS', 'MOST_BYTES', 'Z_RANGE', 'TURNS', 'REDUCED', 'SEE_THROUGH',
-           'shown', 'one_line', 'looks_like_dicom', 'is_regular', 'file_kind', 'check_file', 'check_memory', 'need',
-           'open_picture', 'check_side', 'value_limits', 'as_float32', 'to_eight_bits', 'standardise', 'used_bits',
-           'is_deep', 'deep_pixels', 'flat_picture', 'read_picture', 'page_numbers', 'read_pages', 'Frames', 'resize']
+           'MOST_PAGES', 'shown', 'one_line', 'looks_like_dicom', 'is_regular', 'file_kind', 'check_file',
+           'check_memory', 'need', 'open_picture', 'check_side', 'value_limits', 'as_float32', 'to_eight_bits',
+           'standardise', 'used_bits', 'is_deep', 'deep_pixels', 'flat_picture', 'read_picture', 'page_numbers',
+           'read_pages', 'Frames', 'resize']
 
 # %% ../../nbs/02_data/00_files.ipynb #a0f468e9
 import importlib.util
@@ -220,18 +221,22 @@ def read_picture(
 
 # %% ../../nbs/02_data/00_files.ipynb #70a5d1bf
 REDUCED, SEE_THROUGH = 1, 4 # bits of TIFF's tag NewSubfileType: a smaller copy, a mask of transparency
+MOST_PAGES = 10_000 # a file of many tiny ones takes long and no memory
 
 def page_numbers(
     path, # of a picture
 ) -> list: # [0] but for a TIFF stack
     "Which pages of a picture are slices: those of the first one's size and type. Raises `ValueError` for far too many"
     with open_picture(path) as im:
-        n, first = im.n_frames if im.format == 'TIFF' else 1, (im.size, im.mode)
-        check_memory(n * im.width * im.height, 8, f'{n} pages of {im.width}×{im.height} pixels')
-        def fits(i):
-            if i: im.seek(i)
-            return not i or (im.size, im.mode) == first and not im.tag_v2.get(254, 0) & (REDUCED | SEE_THROUGH)
-        return [i for i in range(n) if fits(i)]
+        first, slices, (w, h) = (im.size, im.mode), [0], im.size
+        if im.format != 'TIFF': return slices
+        for i in range(1, MOST_PAGES + 1):
+            try: im.seek(i)
+            except EOFError: return slices
+            check_memory((i + 1) * w * h, 8, f'{i + 1} pages of {w}×{h} pixels')
+            again = (im.size, im.mode) == first and not im.tag_v2.get(254, 0) & (REDUCED | SEE_THROUGH)
+            if again: slices.append(i)
+    raise ValueError(f"refused: more than {MOST_PAGES:,} pages in one file")
 
 def read_pages(
     path, # png, jpg, tif, bmp, gif, ppm, webp
@@ -245,7 +250,8 @@ def read_pages(
         if is_deep(im): raise ValueError('several pages of sixteen-bit colour: save them one by one')
         def one(i):
             im.seek(i)
-            return check_side(np.asarray(im) if im.mode[0] in 'IF' else flat_picture(im))
+            upright = ImageOps.exif_transpose(im)
+            return check_side(np.asarray(upright) if im.mode[0] in 'IF' else flat_picture(upright))
         out = [one(i) for i in pages]
         if im.mode[0] in 'IF': return [*to_eight_bits(np.stack(out), limits=value_limits(np.stack(out), window))]
     grey = all(a.ndim == 2 or (a == a[..., :1]).all() for a in out)
