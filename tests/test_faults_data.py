@@ -1574,3 +1574,58 @@ def test_masks_that_may_be_inverted_are_said(tmp_path):
     assert 'invert' not in str(white) and 'invert' not in ''.join(white.brief())
     says = f'foreground is {1 - share:.0%} of the pixels: if objects are black on white, invert the masks'
     assert says in str(black) and says in black.brief()[1] and len(black.brief()) == 2
+
+
+def white_is_zero(path):
+    "The same file, said to be a negative: one value of one tag"
+    data, at = path.read_bytes(), 0
+    tag = np.array([262, 3], '<u2').tobytes() + np.array([1, 1], '<u4').tobytes()
+    assert tag in data
+    while (at := data.find(tag, at)) >= 0:  # in every page
+        data, at = data[: at + 8] + bytes(2) + data[at + 10 :], at + 8
+    path.write_bytes(data)
+    return path
+
+
+def test_negatives_of_more_than_eight_bits_are_turned(tmp_path):
+    "Pillow turns eight bits alone; X-rays have twelve"
+    deep = NOISE.astype(np.uint16) * 200
+    for name, a in {'grey16': deep, 'float': deep.astype(np.float32), 'int': deep.astype(np.int32)}.items():
+        plain = read_image(stack(tmp_path / f'{name}.tif', [a]))[0]
+        negative = read_image(white_is_zero(stack(tmp_path / f'{name}n.tif', [a])))[0]
+        assert (negative == 255 - plain).all() and np.ptp(plain) > 200
+        pages = read_image(white_is_zero(stack(tmp_path / f'{name}s.tif', [a, a])))
+        assert len(pages) == 2 and all(np.abs(p - negative.astype(int)).max() <= 1 for p in pages)
+    assert (read_image(white_is_zero(stack(tmp_path / 'b.tif', [NOISE])))[0] == 255 - NOISE).all()
+
+
+def test_complex_volumes_are_their_magnitude(tmp_path, recwarn):
+    phase = np.exp(2j * np.pi * RNG.random((S, S, 3)))
+    body = np.repeat(NOISE[..., None], 3, 2).astype(np.float32)
+    waves, still = nifti(tmp_path / 'c.nii.gz', (body * phase).astype(np.complex64)), nifti(tmp_path / 'm.nii.gz', body)
+    for a, b in zip(read_image(waves), read_image(still), strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+    assert not [w for w in recwarn if 'imaginary' in str(w.message)]
+
+
+def test_a_picture_without_a_number_is_left_out(tmp_path):
+    put(tmp_path / 'd/a.png')
+    stack(tmp_path / 'd/b.tif', [np.full((S, S), np.nan, np.float32)])
+    with pytest.warns(UserWarning, match='none of its pixels is a number'):
+        assert len(load_images(tmp_path / 'd', S)) == 1
+
+
+def test_pictures_in_the_place_of_masks_are_said(tmp_path):
+    for i in range(3):
+        put(tmp_path / f'images/{i}.png')
+        put(tmp_path / f'masks/{i}.png', np.roll(NOISE, i))
+    s = summarise(load(tmp_path))
+    assert 'are these pictures?' in str(s) and 'are these pictures?' in s.brief()[1]
+
+
+def test_a_missing_file_of_a_table_is_said_in_words(tmp_path):
+    put(tmp_path / 'a.png')
+    (tmp_path / 'manifest.csv').write_text('image\na.png\nlost.png\n')
+    with pytest.warns(UserWarning, match=r'lost\.png') as said:
+        load_images(tmp_path, S)
+    assert 'No such file' in str(said[0].message) and 'Errno' not in str(said[0].message)
