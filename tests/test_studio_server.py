@@ -191,12 +191,17 @@ def test_pages_are_for_those_who_are_meant(served):
 
 
 def test_a_farewell_is_taken_from_our_own_page_only(served):
-    port, token, _ = served
+    port, *_ = served
     path = "/voila/api/shutdown/00000000-0000-0000-0000-000000000000"
 
-    def send(origin, query=f"?token={token}"):
-        head = f"POST {path}{query} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\nContent-Length: 0\r\n"
-        return raw(port, (head + (f"Origin: {origin}\r\n" if origin else "") + "\r\n").encode()).split()[1]
+    login = ask(served, "/login", host=f"127.0.0.1:{port}")
+    cookies = "; ".join(re.findall(r"Set-Cookie: (username-[^;]+)", login))
+    assert cookies
+
+    def send(origin, who=cookies):
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\nContent-Length: 0\r\n"
+        more = f"Origin: {origin}\r\n" * bool(origin) + f"Cookie: {who}\r\n" * bool(who)
+        return raw(port, f"{head}{more}\r\n".encode()).split()[1]
 
     own = f"http://127.0.0.1:{port}"
     assert [send(o) for o in (None, "null", "http://example.org", own + "0")] == ["403"] * 4
@@ -230,5 +235,6 @@ def test_the_server_ends_with_the_command_that_started_it(tmp_path, ends):
 
 
 def test_a_servers_status_is_handed_on():
+    before = signal.getsignal(signal.SIGTERM)
     assert until_stopped([sys.executable, "-c", "import sys; sys.exit(3)"]) == 3
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
