@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from medsketch.cli import main
+from medsketch.commands.tools import distinct, free
 from medsketch.core import to_uint8
 from medsketch.data import phantom_data
 from medsketch.models import factory
@@ -562,3 +563,22 @@ def test_the_memory_of_a_batch_is_foreseen(monkeypatch):
     check_batch(config | {"batch_size": 2})
     with pytest.raises(ValueError, match="choose a smaller batch_size"):
         DCGAN(32, ngf=4, ndf=4, latent_dim=8, batch_size=65536).fit("nowhere")
+
+
+def test_names_differ_where_file_systems_see_no_case():
+    names = [str(p) for p in distinct(["d/a.png", "d/A.png", "d/a-2.png", "d/b.png", "D/a.png"])]
+    assert len({n.lower() for n in names}) == 5 and names[0] == "d/a.png" and names[3] == "d/b.png"
+
+
+@pytest.mark.parametrize("through", ["itself", "a link", "another way"])
+def test_an_input_is_replaced_for_no_option(tmp_path, through):
+    own, out = tmp_path / "a.png", tmp_path / "b.png"
+    own.touch()
+    if through == "a link":
+        out.symlink_to(own)
+    place = {"itself": own, "a link": out, "another way": tmp_path / "x/../a.png"}[through]
+    (tmp_path / "x").mkdir()
+    for overwrite in (True, False, None):
+        with pytest.raises(ValueError, match="is an input and would be replaced"):
+            free([place], [own], overwrite)
+    free([tmp_path / "new.png"], [own], False)

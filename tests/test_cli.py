@@ -113,6 +113,15 @@ def test_render_answers_every_sketch_and_lists_bad_ones(medsketch, trained, tmp_
         assert not (tmp_path / "no").exists()
 
 
+def test_what_macos_writes_beside_a_sketch_is_no_sketch(medsketch, trained, tmp_path):
+    save_png(tmp_path / "in/a.png", np.full((32, 32), 255, np.uint8))
+    (tmp_path / "in/._a.png").write_bytes(b"\0\5\x16\7 of a resource fork")
+    (tmp_path / "in/b.png").write_text("no picture")
+    status, out, err = medsketch(f"render {trained} --sketches {tmp_path}/in --out {tmp_path}/out")
+    assert status == 0 and "1 images" in out and err.count("\n") == 1
+    assert err.startswith(f"skipped {tmp_path}/in/b.png: not a picture")
+
+
 def test_evaluate_prints_a_table_and_json(medsketch, photos, tmp_path):
     status, out, _ = medsketch(f"evaluate {photos} {photos} --size 32")
     assert status == 0 and "MS-SSIM" in out and "SWD" in out and "two halves of the real" in out
@@ -441,7 +450,7 @@ def served(monkeypatch, medsketch, line):
     "The code of the page that a command would serve"
     pages = []
     read = lambda command: pages.append(json.loads(Path(command[3]).read_text())) or 0
-    monkeypatch.setattr("subprocess.call", read)
+    monkeypatch.setattr("medsketch.studio.app.until_stopped", read)
     assert medsketch(f"{line} --port 0 --no-browser")[0] == 0
     return pages[0]["cells"][0]["source"]
 

@@ -1,6 +1,7 @@
 "What strangers' files do to reading: every kind of fault makes its own input here, and the right value is asserted."
 
 import gzip
+import itertools
 import json
 import os
 import warnings
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from medsketch.data import (
     ImageData,
@@ -24,7 +26,7 @@ from medsketch.data import (
 )
 from medsketch.data.batches import Batches
 from medsketch.data.cases import find_cases
-from medsketch.data.files import open_picture, shown, to_eight_bits
+from medsketch.data.files import TURNS, open_picture, shown, to_eight_bits
 from medsketch.data.masks import read_mask
 from medsketch.data.readers import (
     image_to_square,
@@ -530,7 +532,13 @@ def test_label_maps_are_left_alone(tmp_path, labels):
 
 def test_float_label_maps_and_probabilities_in_volumes(tmp_path):
     v = np.repeat(DISC[..., None], 3, 2)
-    for name, a in {'labels': v * 2.0001, 'probability': v * 0.8, 'nan': np.where(v, 1.0, np.nan)}.items():
+    softmax = np.where(v, 0.9, 0.1)  # never quite nothing
+    for name, a in {
+        'labels': v * 2.0001,
+        'probability': v * 0.8,
+        'softmax': softmax,
+        'nan': np.where(v, 1.0, np.nan),
+    }.items():
         got = read_mask(nifti(tmp_path / f'{name}.nii.gz', a.astype(np.float32)))
         assert all(((g > 0) == (got[0] > 0)).all() for g in got) and (got[0] > 0).sum() == DISC.sum()
     with pytest.raises(ValueError, match='with 2 channels'):
@@ -1063,6 +1071,39 @@ def test_previews_behind_a_picture_are_no_slices(tmp_path, monkeypatch):
         read_image(many)
 
 
+def test_pages_of_a_stack_are_walked_through_once(tmp_path, monkeypatch):
+    "Pillow goes to a page by walking from the first: thousands of pages, each sought anew, took minutes"
+    walked = []
+    seek = TiffImageFile._seek
+    monkeypatch.setattr(TiffImageFile, '_seek', lambda im, i: (walked.append(i), seek(im, i))[1])
+    path = stack(tmp_path / 'a.tif', [FORE] * 20)
+    for read in (read_image, read_mask):
+        walked.clear()
+        assert len(read(path)) == 20 and len(walked) <= 3 * 20
+        assert sum(a > b for a, b in itertools.pairwise(walked)) <= 3  # back to the first page, for another walk
+    monkeypatch.setattr(files, 'MOST_PAGES', 19)
+    with pytest.raises(ValueError, match='more than 19 pages'):
+        read_image(path)
+    monkeypatch.setattr(files, 'MOST_PAGES', 20)
+    assert len(read_image(path)) == 20
+    walked.clear()
+    monkeypatch.setattr(files, 'MOST_BYTES', 5 * S * S * 8 - 1)
+    with pytest.raises(ValueError, match='5 pages of'):
+        read_image(path)
+    assert len(walked) <= 6  # refused there, whatever follows
+
+
+def test_pages_turn_with_their_masks(tmp_path):
+    for i in (1, 3, 6):
+        tag = {274: i}
+        stack(tmp_path / f'{i}/images/a.tif', [NOISE] * 2, tiffinfo=tag)
+        stack(tmp_path / f'{i}/masks/a.tif', [FORE] * 2, tiffinfo=tag)
+        ds = load(tmp_path / f'{i}')
+        turn = TURNS.get(i, lambda a: a)
+        assert all((ds.images[k, 0] == turn(NOISE)).all() for k in range(2))
+        assert all(((ds.masks[k] > 0) == (turn(FORE) > 0)).all() for k in range(2))
+
+
 def test_patient_folders_are_subjects_where_names_repeat(tmp_path):
     for p in 'xyz':
         for i in range(3):
@@ -1533,3 +1574,58 @@ def test_masks_that_may_be_inverted_are_said(tmp_path):
     assert 'invert' not in str(white) and 'invert' not in ''.join(white.brief())
     says = f'foreground is {1 - share:.0%} of the pixels: if objects are black on white, invert the masks'
     assert says in str(black) and says in black.brief()[1] and len(black.brief()) == 2
+
+
+def white_is_zero(path):
+    "The same file, said to be a negative: one value of one tag"
+    data, at = path.read_bytes(), 0
+    tag = np.array([262, 3], '<u2').tobytes() + np.array([1, 1], '<u4').tobytes()
+    assert tag in data
+    while (at := data.find(tag, at)) >= 0:  # in every page
+        data, at = data[: at + 8] + bytes(2) + data[at + 10 :], at + 8
+    path.write_bytes(data)
+    return path
+
+
+def test_negatives_of_more_than_eight_bits_are_turned(tmp_path):
+    "Pillow turns eight bits alone; X-rays have twelve"
+    deep = NOISE.astype(np.uint16) * 200
+    for name, a in {'grey16': deep, 'float': deep.astype(np.float32)}.items():
+        plain = read_image(stack(tmp_path / f'{name}.tif', [a]))[0]
+        negative = read_image(white_is_zero(stack(tmp_path / f'{name}n.tif', [a])))[0]
+        assert (negative == 255 - plain).all() and np.ptp(plain) > 200
+        pages = read_image(white_is_zero(stack(tmp_path / f'{name}s.tif', [a, a])))
+        assert len(pages) == 2 and all(np.abs(p - negative.astype(int)).max() <= 1 for p in pages)
+    assert (read_image(white_is_zero(stack(tmp_path / 'b.tif', [NOISE])))[0] == 255 - NOISE).all()
+
+
+def test_complex_volumes_are_their_magnitude(tmp_path, recwarn):
+    phase = np.exp(2j * np.pi * RNG.random((S, S, 3)))
+    body = np.repeat(NOISE[..., None], 3, 2).astype(np.float32)
+    waves, still = nifti(tmp_path / 'c.nii.gz', (body * phase).astype(np.complex64)), nifti(tmp_path / 'm.nii.gz', body)
+    for a, b in zip(read_image(waves), read_image(still), strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1
+    assert not [w for w in recwarn if 'imaginary' in str(w.message)]
+
+
+def test_a_picture_without_a_number_is_left_out(tmp_path):
+    put(tmp_path / 'd/a.png')
+    stack(tmp_path / 'd/b.tif', [np.full((S, S), np.nan, np.float32)])
+    with pytest.warns(UserWarning, match='none of its pixels is a number'):
+        assert len(load_images(tmp_path / 'd', S)) == 1
+
+
+def test_pictures_in_the_place_of_masks_are_said(tmp_path):
+    for i in range(3):
+        put(tmp_path / f'images/{i}.png')
+        put(tmp_path / f'masks/{i}.png', np.roll(NOISE, i))
+    s = summarise(load(tmp_path))
+    assert 'are these pictures?' in str(s) and 'are these pictures?' in s.brief()[1]
+
+
+def test_a_missing_file_of_a_table_is_said_in_words(tmp_path):
+    put(tmp_path / 'a.png')
+    (tmp_path / 'manifest.csv').write_text('image\na.png\nlost.png\n')
+    with pytest.warns(UserWarning, match=r'lost\.png') as said:
+        load_images(tmp_path, S)
+    assert 'No such file' in str(said[0].message) and 'Errno' not in str(said[0].message)

@@ -16,6 +16,7 @@ from PIL import Image
 from medsketch.core import to_uint8
 from medsketch.phantoms import phantom
 from medsketch.sketch import read_sketch, sobel_sketch
+from medsketch.studio import uploads
 from medsketch.studio.board import Board, PointerInput, send_together, square_pixels
 from medsketch.studio.ink import MOST_POINTS, Stroke, cover, smooth
 from medsketch.studio.sketchpad import SketchPad
@@ -726,6 +727,16 @@ def test_odd_names_and_junk_are_said_in_one_line(name, content):
     assert pad.bar.file.value == () and not pad.bar.ask.children
     stroke(pad, WAVE)
     assert pad.sketch().any() and "alert" not in pad.message.value
+
+
+def test_a_zip_that_unpacks_to_far_more_is_not_unpacked(monkeypatch):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("strokes.json", " " * (uploads.MOST_STROKES + 1))
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("unpacked"))
+    pad = SketchPad(64)
+    send(pad, "bomb.zip", packed.getvalue())
+    assert len(packed.getvalue()) < 100_000 and "strokes.json is too large" in pad.message.value
 
 
 def test_save_is_one_zip_that_can_be_opened_again():

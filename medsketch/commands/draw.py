@@ -227,7 +227,8 @@ def write_image(
 def _plan_render(recipe, sketches, out, overwrite):
     "Which sketch becomes which image. Raises `ValueError` if there is none, or a file would be replaced"
     folder = Path(need_text('--sketches', sketches)).expanduser()
-    paths = sorted(p for p in folder.glob('*') if p.suffix.lower() in SKETCHES and p.is_file())
+    seen = lambda p: p.suffix.lower() in SKETCHES and not p.name.startswith('.') # macOS writes ._a.png beside a.png
+    paths = sorted(p for p in folder.glob('*') if seen(p) and p.is_file())
     if not paths: raise ValueError(f"no sketches in {sketches}: pass a folder of PNG or JPEG files")
     targets, channels = distinct([out/f'{p.stem}.png' for p in paths]), recipe.config['channels']
     ends = [''] if channels in (1, 3) else [f'_{i + 1}' for i in range(channels)]

@@ -71,7 +71,9 @@ def tell(text=''):
 
 def report(skipped):
     "List bad files, (path, reason), on stderr"
-    for path, why in skipped: print(f'skipped {shown(path)}:', shown(' '.join(str(why).split())), file=sys.stderr)
+    for path, why in skipped:
+        said = ' '.join(str(why).split()).removeprefix(f'{path}: ')
+        print(f'skipped {shown(path)}:', shown(said), file=sys.stderr)
 
 def plain_numbers(x):
     "NaN and infinities become null, which is all that JSON has for them"

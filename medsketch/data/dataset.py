@@ -75,7 +75,7 @@ def _try_decode(case, how):
     try: return decode_case(case, how)
     except (ImportError, MemoryError): raise
     except Exception as e: # a stranger's file may fail in any way: it is listed with its reason, never fatal
-        return one_line(str(e).replace(str(case.path.parent) + os.sep, '') or type(e).__name__)
+        return one_line(e).replace(str(case.path.parent) + os.sep, '')
 
 def _keep(got, labels, spill):
     "The samples of a case, their arrays put away"

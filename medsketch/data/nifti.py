@@ -21,7 +21,9 @@ def _block(image):
         a = np.asanyarray(image.dataobj)
         v = np.stack([a[f] for f in fields[:3]], -1).astype(np.float32)
         return v.reshape(*shape[:3], *(1,) * (3 - len(shape[:3])), 3), True
-    with np.errstate(over='ignore'): v = image.get_fdata(dtype=np.float32, caching='unchanged')
+    if image.get_data_dtype().kind == 'c': v = as_float32(np.abs(np.asanyarray(image.dataobj))) # MR before its phase
+    else:
+        with np.errstate(over='ignore'): v = image.get_fdata(dtype=np.float32, caching='unchanged')
     if np.isinf(v).any(): as_float32(image.dataobj) # is infinite what was finite in the file?
     while v.ndim > 4 and 1 in v.shape[3:]: v = v.squeeze(3 + v.shape[3:].index(1))
     if v.ndim == 4 and v.shape[3] == 1: v = v[..., 0]
