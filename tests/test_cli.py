@@ -435,6 +435,7 @@ def test_packaged_weights_by_name(medsketch, photos, tmp_path):
         ("studio fundus --port 700000", "choose another --port"),
         ("studio fundus --images {tmp}/nowhere", "no such folder"),
         ("studio fundus --images {tmp}", "no images in"),
+        ("studio fundus --out {file} --port 700000", "cannot write to"),
         ("explore fundus --data {tmp}", "recipe skrgan has no encoder of images"),
         ("lab {file}/below", "cannot write notebooks"),
         ("pretrain chest_xray --out {tmp}/x --data {tmp}", "mhh_covid"),

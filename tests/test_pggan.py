@@ -17,6 +17,7 @@ from medsketch.evaluate.latent import (
     directions,
     encode_set,
     frames,
+    latent_map,
     linear_accuracy,
     nearest_real,
     reconstruction_scores,
@@ -390,3 +391,12 @@ def test_explorer_by_hand(through, data):
     first = e.image.value
     e.step.value = 15
     assert e.image.value != first
+
+
+@pytest.mark.parametrize('method', ['tsne', 'pca'])
+def test_a_map_of_one_image_again_and_again_is_refused(method):
+    "scikit-learn's t-SNE ends the process where all vectors are equal"
+    for z in (torch.ones(6, 8), torch.eye(8)[[0, 1, 2, 0, 1, 2]], torch.full((6, 8), torch.nan)):
+        with pytest.raises(ValueError, match='different vectors; a map needs at least 4|not finite'):
+            latent_map(z, method)
+    assert np.isfinite(latent_map(torch.eye(8)[[0, 1, 2, 3, 0, 1]], method)).all()

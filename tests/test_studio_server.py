@@ -30,6 +30,7 @@ def kernels(monkeypatch):
 
     async def start(self, **kwargs):
         await asyncio.sleep(0)
+        assert kwargs["extra_arguments"] == ["--InteractiveShell.xmode=Minimal"]  # errors as one line
         name = f"k{next(numbers)}"
         self._kernels[name] = SimpleNamespace(last_activity=datetime.now().astimezone())
         return name
@@ -175,7 +176,7 @@ def test_odd_requests_leave_no_traceback(served):
     )
     assert "HTTP/1.1 200" in ask(served, "/voila/static/voila.js")  # it is still there
     said = served[2].read_text(errors="replace")
-    assert "Traceback" not in said and 'File "' not in said, said[-3000:]
+    assert "Traceback" not in said and 'File "' not in said and "Could not open" not in said, said[-3000:]
 
 
 def test_pages_are_for_those_who_are_meant(served):

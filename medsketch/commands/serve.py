@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from .tools import check_count, find_run, going_on, need_text, tell
+from .tools import check_count, check_writable, find_run, going_on, need_text, tell
 
 # %% ../../nbs/11_cli/08_serve.ipynb #2cf61726
 def studio(recipe:str=typer.Argument('fundus', help="packaged name, file, folder of a run, or hf://user/name"),
@@ -24,6 +24,7 @@ def studio(recipe:str=typer.Argument('fundus', help="packaged name, file, folder
     "Draw a sketch in the browser and watch it become an image."
     from medsketch.studio.app import serve
     if images is not None: need_text('--images', images)
+    check_writable(Path(need_text('--out', out)).expanduser())
     raise typer.Exit(serve(str(find_run(recipe)), host, port, Path(need_text('--out', out)), browser, retrieve, images))
 
 def explore(run:str=typer.Argument(help="run or file of a pggan with an encoder"),

@@ -128,10 +128,11 @@ def latent_map(
     seed:int=0, # of t-SNE
     perplexity:float=30., # of t-SNE: about how many neighbours count; at most a third of the vectors
 ) -> np.ndarray: # (N, 2)
-    "Vectors laid out on a plane. Raises `ValueError` for another method, or fewer than 4 vectors"
+    "Vectors laid out on a plane. Raises `ValueError` for another method, or fewer than 4 different vectors"
     if method not in ('tsne', 'pca'): raise ValueError(f"method is {method!r}; use 'tsne' or 'pca'")
-    if len(z) < 4: raise ValueError(f"{len(z)} vectors; a map needs at least 4")
     x = np.asarray(z, np.float64)
+    if (n := len(np.unique(x, axis=0))) < 4: raise ValueError(f"{n} different vectors; a map needs at least 4")
+    if not np.isfinite(x).all(): raise ValueError("vectors with numbers that are not finite")
     if method == 'pca': return PCA(2, random_state=seed).fit_transform(x)
     return TSNE(perplexity=min(perplexity, (len(x) - 1) / 3), init='pca', random_state=seed).fit_transform(x)
 

@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from jupyter_core.paths import jupyter_runtime_dir, secure_write
+from jupyter_server import DEFAULT_STATIC_FILES_PATH
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from tornado.ioloop import IOLoop
 from tornado.web import HTTPError
@@ -42,7 +43,7 @@ class StudioKernels(AsyncMappingKernelManager):
         "A new kernel. Raises `HTTPError` if there is no room for it"
         await self.make_room()
         self.starting += 1
-        try: return await super().start_kernel(**kwargs)
+        try: return await super().start_kernel(**kwargs, extra_arguments=['--InteractiveShell.xmode=Minimal'])
         finally: self.starting -= 1
 
     def abandoned(self) -> list: # of kernel ids, the longest idle first
@@ -138,7 +139,7 @@ class _Settings(Voila):
     def init_settings(self):
         return super().init_settings() | dict(
             allow_remote_access=self.ip not in LOCAL, local_hostnames=['localhost'],
-            static_path=self.static_root, # pages about errors ask for it
+            static_path=DEFAULT_STATIC_FILES_PATH, # pages about errors ask for it
             websocket_max_message_size=LARGEST, headers={'Content-Security-Policy': POLICY})
 
     def init_handlers(self):
