@@ -263,8 +263,7 @@ def read_pages(
         if is_deep(im): raise ValueError('several pages of sixteen-bit colour: save them one by one')
         def one(i):
             im.seek(i)
-            upright = ImageOps.exif_transpose(im)
-            return check_side(np.asarray(upright) if im.mode[0] in 'IF' else flat_picture(upright))
+            return check_side(np.asarray(im) if im.mode[0] in 'IF' else flat_picture(im))
         out = [one(i) for i in pages]
         if im.mode[0] in 'IF': return [*grey_bytes(np.stack(out), im, window)]
     grey = all(a.ndim == 2 or (a == a[..., :1]).all() for a in out)
