@@ -1,5 +1,6 @@
 """The command line: what it writes, and that every mistake is one line and an exit status."""
 
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -120,6 +122,14 @@ def test_what_macos_writes_beside_a_sketch_is_no_sketch(medsketch, trained, tmp_
     status, out, err = medsketch(f"render {trained} --sketches {tmp_path}/in --out {tmp_path}/out")
     assert status == 0 and "1 images" in out and err.count("\n") == 1
     assert err.startswith(f"skipped {tmp_path}/in/b.png: not a picture")
+
+
+def test_whoever_waits_hears_what_was_scored(medsketch, photos, monkeypatch):
+    clock = itertools.count(step=20)  # every look at it is twenty seconds later
+    monkeypatch.setattr("medsketch.commands.score.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    status, out, err = medsketch(f"evaluate {photos} {photos} --size 32 --json --metrics swd,ms_ssim")
+    assert status == 0 and json.loads(out)
+    assert err.count("scored ") == 2 and ", 20 s" in err and ", 40 s" in err
 
 
 def test_evaluate_prints_a_table_and_json(medsketch, photos, tmp_path):
