@@ -222,7 +222,8 @@ def test_the_server_ends_with_the_command_that_started_it(tmp_path, ends):
     stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if ends == "stubborn" else ""
     inner = f"{stubborn}import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
     outer = (
-        "import sys; from medsketch.studio.app import until_stopped as u; sys.exit(u([sys.executable, '-c', {!r}], .5))"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background
+        "from medsketch.studio.app import until_stopped as u; sys.exit(u([sys.executable, '-c', {!r}], .5))"
     )
     process = subprocess.Popen([sys.executable, "-c", outer.format(inner)], cwd=tmp_path)
     for _ in range(600):
