@@ -48,7 +48,9 @@ def views(
             top, left, side = (round(v * ds.size) for v in box)
             part = (slice(top, top + side), slice(left, left + side))
             window = np.moveaxis(ds.images[i], 0, -1)[part]
-            images.append(np.moveaxis(cv2.resize(window, (size, size), interpolation=cv2.INTER_AREA), -1, 0))
-            masks.append(mask_to_square(ds.masks[i][part], size).astype(np.uint8))
+            small = cv2.resize(window, (size, size), interpolation=cv2.INTER_AREA)
+            images.append(np.moveaxis(small.reshape(size, size, -1), -1, 0)) # OpenCV drops a channel that is alone
+            if ds.masks is not None: masks.append(mask_to_square(ds.masks[i][part], size).astype(np.uint8))
     pick = lambda names: [names[i] for i in rows]
-    return ImageData(np.stack(images), np.stack(masks), None, pick(ds.paths), pick(ds.subjects), ds.classes, ds.colours)
+    masks = np.stack(masks) if masks else None
+    return ImageData(np.stack(images), masks, None, pick(ds.paths), pick(ds.subjects), ds.classes, ds.colours)
