@@ -23,7 +23,6 @@ from .sketch.conditions import add_background_sketches
 from .sketch.files import add_sketches, pixels_of
 from .sketch.variants import sketch_variants
 from .evaluate.metrics import ms_ssim
-from .evaluate.latent import reconstruction_scores, reconstructions
 from .evaluate.levels import drawn_by
 from .evaluate.rendering import render_scores
 from .evaluate.variety import generator_scores
@@ -276,6 +275,7 @@ def score_encoder(
     held, # images held back
 ) -> dict: # as from `score_renderer`, with the Dice of the vessels in place of MS-SSIM
     "How near images that it has not seen come back through their codes"
+    from medsketch.evaluate.latent import reconstruction_scores, reconstructions # scikit-learn: slow, and for this only
     back = reconstruction_scores(reconstructions(recipe, held, search=200), held, recipe.labels[0])
     rows = {n: (s['l1'].mean().item(), s['dice'].mean().item()) for n, s in back.items()}
     least = (_mean_image(train) - held.batch(range(len(held)))['image']).abs().mean().item()

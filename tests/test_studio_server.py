@@ -240,3 +240,13 @@ def test_a_servers_status_is_handed_on():
     before = signal.getsignal(signal.SIGTERM)
     assert until_stopped([sys.executable, "-c", "import sys; sys.exit(3)"]) == 3
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_studio_imports_nothing_slow_that_it_does_not_use():
+    code = (
+        'import sys, medsketch.studio.app, medsketch.studio.server, medsketch.studio.live\n'
+        "slow = {'sklearn', 'rfc3987_syntax', 'matplotlib', 'monai'}\n"
+        'print(slow & {name for name, module in sys.modules.items() if module})'
+    )
+    done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == 'set()'

@@ -17,6 +17,10 @@ import webbrowser
 from datetime import datetime, timedelta
 from pathlib import Path
 
+# %% ../../nbs/08_studio/09_server.ipynb #d6b0aa66
+sys.modules.setdefault('rfc3987_syntax', None) # jsonschema takes this for: not installed
+
+# %% ../../nbs/08_studio/09_server.ipynb #a459a0aa
 from jupyter_core.paths import jupyter_runtime_dir, secure_write
 from jupyter_server import DEFAULT_STATIC_FILES_PATH
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
