@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import atomic_write
@@ -135,8 +136,7 @@ def serve_page(
     browser:bool=True, # as for `serve`
 ) -> int: # exit status of the server
     "Serve a notebook as a page until interrupted. Raises as `serve` does"
-    try: import voila # noqa: F401
-    except ImportError: raise ImportError("the studio is served by Voila: pip install 'medsketch[lab]'") from None
+    if not find_spec('voila'): raise ImportError("the studio is served by Voila: pip install 'medsketch[lab]'")
     port = free_port(host, port)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder)/'studio.ipynb'
