@@ -250,3 +250,9 @@ def test_a_studio_imports_nothing_slow_that_it_does_not_use():
     )
     done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == 'set()'
+
+
+def test_a_studio_without_voila_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'voila', None)
+    with pytest.raises(ImportError, match=r"pip install 'medsketch\[lab\]'"):
+        program.serve_page(program.studio_notebook())
