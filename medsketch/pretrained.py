@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 
@@ -52,11 +53,19 @@ def _eyes(seen): # two thirds of the subjects, or the others
 
 BODY = [(0, 0, 1), (.12, .05, .88), (.04, .02, .94), (.1, .1, .86), (.08, 0, .9)] # around a body on its table
 
+def _with_bodies(ds): # the masks that come with the slices are of lungs alone; people draw the body around them, too
+    def body(x): # the largest thing that is not air, filled
+        tissue = cv2.morphologyEx((x > 115).astype(np.uint8), cv2.MORPH_OPEN, np.ones((9, 9)))
+        shapes, _ = cv2.findContours(tissue, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        return cv2.drawContours(np.zeros(x.shape, np.uint8), [max(shapes, key=cv2.contourArea)], -1, 1, cv2.FILLED)
+    bodies = np.stack([body(np.ascontiguousarray(x[0])) for x in ds.images])
+    return ds.with_planes(mask=bodies + bodies * (np.asarray(ds.masks) > 0))
+
 def _slices(seen): # 44 of one body: ten neighbours are not trained on, the inner eight of them are scored
     def read(folder, size):
         d = load_images(folder/'ct/lung_pet_ct_dx', 2 * size, channels=1, fit='crop', manifest=folder/'manifest.csv')
         d.subjects = [f'slices {i // 5}' for i in range(len(d))] # blocks, where there is one subject
-        return views(d.subset([i for i in range(len(d)) if (not 15 <= i <= 24 if seen else 16 <= i <= 23)]), BODY, size)
+        return views(_with_bodies(d).subset([i for i in range(len(d)) if (not 15 <= i <= 24 if seen else 16 <= i <= 23)]), BODY, size)
     return read
 
 def _phantoms(kind, n=400, seed=0): return lambda folder, size: phantom_data(kind, n, size, seed=seed)
