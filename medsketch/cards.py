@@ -93,7 +93,7 @@ def model_card(
 {DOES[p.recipe]} {p.shows}, {c['size']} × {c['size']} pixels. **Synthetic images. Not for diagnosis.**
 
 - **Network**: {NETWORKS[p.recipe]}, {millions:.1f} million weights in 16 bits, {size}
-- **Images**: {p.source}; {p.licence}. Trained on {s['trained']}, scored on {s['held']} of other subjects
+- **Images**: {p.source}; {p.licence}. Trained on {s['trained']}, scored on {s['held']} {p.apart}
 - **Training**: `medsketch pretrain {name}{needs} --out RUN`; {steps} batches of {batch},
   on {p.machine}, seed {c['seed']}{p.how and '. What was done: ' + p.how}
 - **Date**: {date.today().isoformat()}

@@ -433,9 +433,9 @@ def test_sketches_alone_can_be_sampled(medsketch, photos, tmp_path):
 
 
 def test_packaged_weights_by_name(medsketch, photos, tmp_path):
-    medsketch(f"sketch {photos} {tmp_path}/s --style fundus --size 128")
+    medsketch(f"sketch {photos} {tmp_path}/s --style fundus --size 256")
     assert medsketch(f"render lung_ct --sketches {tmp_path}/s --out {tmp_path}/r")[0] == 0
-    assert pixels(tmp_path / "r/eye0.png").shape == (128, 128)
+    assert pixels(tmp_path / "r/eye0.png").shape == (256, 256)
 
 
 @pytest.mark.parametrize(
@@ -620,7 +620,7 @@ def test_fine_tuning_takes_shapes_and_weights(medsketch, photos, tmp_path):
     assert status == 1 and "this recipe needs" in err and not (tmp_path / "x").exists()
     assert medsketch(f"{line} --init lung_ct --out {tmp_path}/lung --set batch_size=2")[0] == 0
     config = json.loads((tmp_path / "lung/config.json").read_text())["config"]
-    assert (config["size"], config["channels"], config["ngf"], config["style"]) == (128, 1, 16, "lung_ct")
+    assert (config["size"], config["channels"], config["ngf"], config["style"]) == (256, 1, 24, "lung_ct")
     small = "--set ngf=4 --set ndf=4 --set fmap_max=8 --set latent_dim=8"
     assert medsketch(f"{line} {small} --out {tmp_path}/first")[0] == 0
     status, _, err = medsketch(f"{line} --out {tmp_path}/second --init {tmp_path}/first")

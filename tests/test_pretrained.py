@@ -1,7 +1,10 @@
 "Packaged renderers: found, whole, and answering to strokes"
 
+import os
+import re
 import sys
 import types
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -23,6 +26,7 @@ from medsketch.recipes import load_recipe, recipe_class
 from medsketch.recipes.pggan import on_sphere
 from medsketch.studio.strokes import Drawing, Stroke
 
+DATA = Path(os.environ.get('MEDSKETCH_DATA', Path(__file__).parents[2] / 'shared/data'))
 TINY = {"latent_dim": 8, "fmap_base": 64, "fmap_max": 8, "ngf": 4, "ndf": 4, "receptive_field": 16}
 
 
@@ -103,6 +107,27 @@ def test_unlike_images_of_another_modality():
         own = (made - ds).abs().mean((1, 2, 3))
         other = torch.stack([(made - ds.roll(k, 0)).abs().mean((1, 2, 3)) for k in range(1, 6)]).mean(0)
         assert (own < other).all(), (name, own, other)
+
+
+@pytest.mark.skipif(not (DATA / 'ct/lung_pet_ct_dx').exists(), reason=f'no real images in {DATA}: set MEDSKETCH_DATA')
+def test_ct_slices_that_are_scored_lie_apart_and_are_rendered():
+    "They are of the one body that it has learned from, but not next to a slice that it has seen"
+    train, held = pretrained.pretraining_data('lung_ct', DATA)
+    numbers = lambda d: {int(re.search(r'(\d+)\.png', str(p))[1]) for p in d.paths}
+    assert min(abs(a - b) for a in numbers(train) for b in numbers(held)) >= 2
+    held = held.subset(range(0, len(held), 5))  # the whole slices, not the windows on them
+    r, real = load('lung_ct'), held.batch(range(len(held)))['image']
+    made = r.render(pretrained.what_is_drawn(r, held)['sharp'])
+    mean = torch.from_numpy(train.images[::5].mean(0)).float() / 127.5 - 1
+    assert (made - real).abs().mean() < 0.6 * (mean - real).abs().mean()
+
+
+def test_ct_slices_from_noise_differ_and_are_bodies():
+    made = load('lung_ct').sample(8, seed=11)
+    assert made['image'].shape == (8, 1, 256, 256)
+    assert made['image'].std(0).mean() > 0.08  # not one slice eight times
+    inside = made['image'][..., 100:156, 60:196].mean((1, 2, 3))
+    assert (inside > made['image'][..., :16, :].mean((1, 2, 3)) + 0.3).all()  # tissue, and air above the body
 
 
 def test_throats_follow_their_contours_and_bear_a_scrawl():
@@ -199,12 +224,12 @@ def test_without_a_connection_the_hub_is_asked_once(tmp_path, monkeypatch):
 
 
 def test_a_renderer_alone_says_that_it_draws_no_sketches(tmp_path):
-    r = load('lung_ct')
+    r = load('brain_mri')
     with pytest.raises(ValueError, match='hold no G_S'):
         r.sample(1)
     r.save(tmp_path / 'again.safetensors', half=True)
     again = load_recipe(tmp_path / 'again.safetensors')
-    x = torch.from_numpy(eye_strokes())[..., ::2, ::2]
+    x = torch.from_numpy(eye_strokes())
     assert torch.equal(again.render(x), r.render(x))
 
 

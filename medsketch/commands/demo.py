@@ -196,7 +196,7 @@ def demo(out:str=typer.Option('demo', help="folder for pictures, scores and the 
          steps:int=typer.Option(None, help="training steps, instead of --minutes"),
          size:int=typer.Option(64, help="side of the images to train on, pixels"),
          images:int=typer.Option(256, help="phantoms to train on"),
-         kind:str=typer.Option('lung_ct', help="of phantom: {kinds}")):
+         kind:str=typer.Option('brain_mri', help="of phantom: {kinds}")):
     "Draw with the packaged renderers, then watch a small one learn; writes demo.png, growing.gif and scores.csv."
     place = Path(need_text('--out', out)).expanduser()
     _check(kind, minutes, steps, size, images)
