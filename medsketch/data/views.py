@@ -26,13 +26,16 @@ def round_field(
 # %% ../../nbs/02_data/13_views.ipynb #viewsco7
 def same_light(
     ds:ImageData, # colour photographs, black outside their field
-) -> ImageData: # the same, each channel with the mean and the spread that it has over the whole set
+) -> ImageData: # the same, each channel with mean and spread that the photographs have on average
     "Take out what no sketch can say: how bright the flash was, and how red this eye is"
     a = np.asarray(ds.images, np.float32)
     seen = np.broadcast_to(a.max(1, keepdims=True) > 20, a.shape)
-    mean = np.mean(a, (2, 3), keepdims=True, where=seen)
-    spread = np.std(a, (2, 3), keepdims=True, where=seen)
-    even = (a - mean) / spread * spread.mean(0) + mean.mean(0)
+    lit = [i for i in range(len(a)) if seen[i].any() and a[i].std((1, 2), where=seen[i]).all()]
+    if not lit: return ds
+    mean = np.mean(a[lit], (2, 3), keepdims=True, where=seen[lit])
+    spread = np.std(a[lit], (2, 3), keepdims=True, where=seen[lit])
+    even = a.copy()
+    even[lit] = (a[lit] - mean) / spread * spread.mean(0) + mean.mean(0)
     return ds.with_planes(image=np.where(seen, even, a).clip(0, 255).round().astype(np.uint8))
 
 # %% ../../nbs/02_data/13_views.ipynb #viewsco9
@@ -41,16 +44,31 @@ def views(
     boxes, # [(top, left, side)] of square windows, in sides
     size:int, # of the views, pixels
 ) -> ImageData: # every photograph as often as there are windows
-    "Look at photographs through several windows"
-    images, masks, rows = [], [], [i for i in range(len(ds)) for _ in boxes]
-    for i in range(len(ds)):
-        for box in boxes:
-            top, left, side = (round(v * ds.size) for v in box)
-            part = (slice(top, top + side), slice(left, left + side))
-            window = np.moveaxis(ds.images[i], 0, -1)[part]
-            small = cv2.resize(window, (size, size), interpolation=cv2.INTER_AREA)
-            images.append(np.moveaxis(small.reshape(size, size, -1), -1, 0)) # OpenCV drops a channel that is alone
-            if ds.masks is not None: masks.append(mask_to_square(ds.masks[i][part], size).astype(np.uint8))
+    "Look at photographs, and at all that lies on them, through several windows. Raises `ValueError` for one outside"
+    parts = [_part(box, ds.size) for box in boxes]
+    if not parts: raise ValueError("no windows: give at least one (top, left, side)")
+    rows = [i for i in range(len(ds)) for _ in parts]
+    see = lambda a, kind: np.stack([_seen(a[i], kind, part, size) for i in range(len(ds)) for part in parts])
+    planes = {name: see(a, ds.kinds[name]) for name, a in ds.planes.items()}
     pick = lambda names: [names[i] for i in rows]
-    masks = np.stack(masks) if masks else None
-    return ImageData(np.stack(images), masks, None, pick(ds.paths), pick(ds.subjects), ds.classes, ds.colours)
+    out = ImageData(planes=planes, kinds=ds.kinds, paths=pick(ds.paths), subjects=pick(ds.subjects),
+                    facts={k: pick(v) for k, v in ds.facts.items()}, classes=ds.classes, colours=ds.colours)
+    out.subjects_known = ds.subjects_known
+    return out
+
+def _part(box, size):
+    "Rows and columns of a window. Raises `ValueError` if it is not inside the picture"
+    top, left, side = box
+    if not (side > 0 and min(top, left) >= 0 and max(top, left) + side <= 1 + 1e-6):
+        raise ValueError(f"window {tuple(box)}: top, left and side are shares of the picture, and it ends at 1")
+    side = max(1, round(side * size))
+    return tuple(slice(a, a + side) for a in (min(round(v * size), size - side) for v in (top, left)))
+
+def _seen(a, kind, part, size):
+    "One picture, mask or sketch through one window; a row of a table as it is"
+    if kind == 'table': return a
+    a = np.asarray(a)
+    if kind in ('labels', 'instances'): return mask_to_square(a[part], size).astype(a.dtype)
+    window = np.moveaxis(a, 0, -1)[part] if a.ndim == 3 else a[part]
+    small = cv2.resize(window, (size, size), interpolation=cv2.INTER_AREA)
+    return np.moveaxis(small.reshape(size, size, -1), -1, 0) if a.ndim == 3 else small # OpenCV drops a lone channel

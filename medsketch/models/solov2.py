@@ -205,7 +205,7 @@ def solo_loss(
 # %% ../../nbs/04_models/11_solov2.ipynb #adb431a9
 def peaks(
     scores:torch.Tensor, # (N, classes, S, S) in [0, 1]
-) -> torch.Tensor: # the same, 0 where a neighbour is higher
+) -> torch.Tensor: # the same, 0 where one above, to the left, or between them is higher
     "Points NMS: the best of each 2 × 2 window stays"
     best = F.max_pool2d(scores, 2, 1, 1)[..., :-1, :-1]
     return scores * (best == scores)
