@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .cards import model_card
-from .core import atomic_write
+from .core import PALETTE, atomic_write
 from .data import cache_dir, join, load_images, phantom_data, split_by_subject
 from .sketch.conditions import add_background_sketches
 from .sketch.files import add_sketches, pixels_of
@@ -59,13 +59,16 @@ def _with_bodies(ds): # the masks that come with the slices are of lungs alone; 
         shapes, _ = cv2.findContours(tissue, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         return cv2.drawContours(np.zeros(x.shape, np.uint8), [max(shapes, key=cv2.contourArea)], -1, 1, cv2.FILLED)
     bodies = np.stack([body(np.ascontiguousarray(x[0])) for x in ds.images])
-    return ds.with_planes(mask=bodies + bodies * (np.asarray(ds.masks) > 0))
+    out = ds.with_planes(mask=bodies + bodies * (np.asarray(ds.masks) > 0))
+    out.classes, out.colours = ('background', 'body', 'lung'), PALETTE[:3]
+    return out
 
 def _slices(seen): # 44 of one body: ten neighbours are not trained on, the inner eight of them are scored
     def read(folder, size):
         d = load_images(folder/'ct/lung_pet_ct_dx', 2 * size, channels=1, fit='crop', manifest=folder/'manifest.csv')
         d.subjects = [f'slices {i // 5}' for i in range(len(d))] # blocks, where there is one subject
-        return views(_with_bodies(d).subset([i for i in range(len(d)) if (not 15 <= i <= 24 if seen else 16 <= i <= 23)]), BODY, size)
+        kept = [i for i in range(len(d)) if (not 15 <= i <= 24 if seen else 16 <= i <= 23)]
+        return views(_with_bodies(d).subset(kept), BODY, size)
     return read
 
 def _phantoms(kind, n=400, seed=0): return lambda folder, size: phantom_data(kind, n, size, seed=seed)
@@ -126,7 +129,7 @@ FROM_PATIENTS = dict(
         how='renderer, 1,250 batches of 4 with λ = 100 on a CPU before those; sketches, 2,600 batches at 64 px and '
         '1,200 at 128 on a CPU: that is what it draws, and enlarges'),
     lung_ct=Pretrained(
-        _slices(True), LARGE | WHOLE | PLAIN | dict(channels=1, style='lung_ct', ngf=24, render_steps=1545, aligned=True,
+        _slices(True), LARGE | WHOLE | PLAIN | dict(channels=1, style='lung_ct', ngf=24, render_steps=630, aligned=True,
                                                     lam=20., strokes=6., matching=10., consistency=20.,
                                                     batch_size={64: 12, 128: 8, 256: 4}),
         'Lung-PET-CT-Dx (Li et al. 2020, TCIA; 44 slices of one body, each seen through five windows)', 'CC BY 4.0',
@@ -134,8 +137,9 @@ FROM_PATIENTS = dict(
         LIMITS + 'One body, on one table: what it draws are variations of that body, and its lung tumour may be among '
         'them. The scores are of slices between those that it has seen, so another body would score worse.',
         stages=('sketch', 'render'), held=_slices(False), apart='of the same body, two slices or more away',
-        how='renderer, 300 batches on phantoms before those; sketches, 2,600 batches at 64 px and SKETCHED at 128: '
-        'that is what it draws, and enlarges. Blocks of five slices stand for subjects where halves are compared'),
+        how='renderer, 300 batches on phantoms and 1,545 with outlines of lungs alone before those; sketches, 2,600 '
+        'batches at 64 px and 2,000 at 128: that is what it draws, and enlarges. Where halves are compared, blocks of '
+        'five slices stand for subjects'),
     eyes=Pretrained(
         _eyes(True), dict(size=128, start=64, latent_dim=64, widths={4: 96, 8: 96, 16: 64, 32: 32, 64: 16, 128: 16},
                        lr=1e-3, loss='relativistic', r1=1., augment='mirror', batches={64: 1, 128: 4000},
