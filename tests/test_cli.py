@@ -617,6 +617,8 @@ def test_a_start_that_failed_leaves_nothing_in_the_way(medsketch, photos, tmp_pa
 def test_fine_tuning_takes_shapes_and_weights(medsketch, photos, tmp_path):
     line = f"train skrgan --data {photos} --scale tour --stages render --set render_steps=1 --set batches=1"
     status, _, err = medsketch(f"{line} --size 32 --init lung_ct --out {tmp_path}/x")
+    assert status == 1 and "start=64 is larger than the size, 32" in err and not (tmp_path / "x").exists()
+    status, _, err = medsketch(f"{line} --size 32 --init G_P=lung_ct --out {tmp_path}/x")
     assert status == 1 and "this recipe needs" in err and not (tmp_path / "x").exists()
     assert medsketch(f"{line} --init lung_ct --out {tmp_path}/lung --set batch_size=2")[0] == 0
     config = json.loads((tmp_path / "lung/config.json").read_text())["config"]

@@ -109,7 +109,8 @@ def doubling(
     batch_size:int|dict|None=None, # images per batch: one number, or {resolution: number}
 ) -> list: # of `GrowthStage`
     "One stage per resolution (Karras et al. 2018, section 3). Raises `ValueError` for impossible sizes or tables"
-    check_size(size), check_size(start, most=size)
+    check_size(size), check_size(start)
+    if start > size: raise ValueError(f"start={start} is larger than the size, {size}: growth ends at it")
     if not 0 <= fade <= 1: raise ValueError(f"fade={fade} is a share of the batches: pass 0 to 1")
     sizes = [s for s in (2**i for i in range(2, 11)) if start <= s <= size]
     steps, images = _by_size('batches', batches, sizes), _by_size('batch_size', batch_size, sizes)
