@@ -127,7 +127,10 @@ FROM_PATIENTS = dict(
         'to one of its 64 films than films of different patients do to each other.', stages=('sketch', 'render'),
         machine='an NVIDIA H100',
         how='renderer, 1,250 batches of 4 with λ = 100 on a CPU before those; sketches, 2,600 batches at 64 px and '
-        '1,200 at 128 on a CPU: that is what it draws, and enlarges'),
+        '1,200 at 128 on a CPU: that is what it draws, and enlarges'))
+
+# %% ../nbs/09_pretrained.ipynb #pretrdict3
+FROM_PATIENTS |= dict(
     lung_ct=Pretrained(
         _slices(True), LARGE | WHOLE | PLAIN | dict(channels=1, style='lung_ct', ngf=24, render_steps=630, aligned=True,
                                                     lam=20., strokes=6., matching=10., consistency=20.,
