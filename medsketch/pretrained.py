@@ -138,7 +138,7 @@ FROM_PATIENTS |= dict(
         'Lung-PET-CT-Dx (Li et al. 2020, TCIA; 44 slices of one body, each seen through five windows)', 'CC BY 4.0',
         'lung CT slice',
         LIMITS + 'One body, on one table: what it draws are variations of that body, and its lung tumour may be among '
-        'them. The scores are of slices between those that it has seen, so another body would score worse.',
+        'them. The scores are of slices between those that it has seen, and nothing says how another body would score.',
         stages=('sketch', 'render'), held=_slices(False), apart='of the same body, two slices or more away',
         how='renderer, 300 batches on phantoms and 1,545 with outlines of lungs alone before those; sketches, 2,600 '
         'batches at 64 px and 2,000 at 128: that is what it draws, and enlarges. Where halves are compared, blocks of '

@@ -30,7 +30,7 @@ def same_light(
     "Take out what no sketch can say: how bright the flash was, and how red this eye is"
     a = np.asarray(ds.images, np.float32)
     seen = np.broadcast_to(a.max(1, keepdims=True) > 20, a.shape)
-    lit = [i for i in range(len(a)) if seen[i].any() and a[i].std((1, 2), where=seen[i]).all()]
+    lit = [i for i in range(len(a)) if seen[i].any() and a[i].std((1, 2), where=seen[i]).min() > .01]
     if not lit: return ds
     mean = np.mean(a[lit], (2, 3), keepdims=True, where=seen[lit])
     spread = np.std(a[lit], (2, 3), keepdims=True, where=seen[lit])
