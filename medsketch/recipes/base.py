@@ -154,9 +154,7 @@ class Saving:
              device=None, # `default_device()` if not given
             ):
         "The recipe and its weights. Raises `ValueError` if the file is of another recipe or is none"
-        r = load_recipe(path, device)
-        if not isinstance(r, cls): raise ValueError(f"{path} is of recipe {r.name}, not {cls.name}")
-        return r
+        return load_recipe(path, device, cls)
 
 # %% ../../nbs/06_recipes/00_base.ipynb #1cea13f9
 class Preparing:
@@ -383,10 +381,13 @@ def recipe_class(
 def load_recipe(
     path, # a .safetensors file, or a run's folder
     device=None, # `default_device()` if not given
+    of:type=None, # the class it must be of; any recipe if not given
 ) -> Recipe:
     "Whatever recipe a file or run holds, ready to sample and render. Raises `ValueError` if it holds none"
     head = file_header(path)
-    make = lambda: recipe_class(head['recipe'])(**head['config'])
+    made = of if of and of.name == head['recipe'] else recipe_class(head['recipe'])
+    if of and not issubclass(made, of): raise ValueError(f"{path} is of recipe {made.name}, not {of.name}")
+    make = lambda: made(**head['config'])
     try:
         if shape := without_memory(make): check_fit(*shape.for_weights(shapes_in(path)), path)
         recipe = make()
