@@ -94,7 +94,7 @@ def check_memory(
 def need(module):
     "Raises `ImportError` saying what to install if a module is missing"
     if importlib.util.find_spec(module) is None:
-        raise ImportError(f"reading this file needs {module}: pip install medsketch[volumes]")
+        raise ImportError(f"reading this file needs {module}: pip install 'medsketch[volumes]'")
 
 # %% ../../nbs/02_data/00_files.ipynb #1bddbef1
 def open_picture(

@@ -29,6 +29,12 @@ from ..data.batches import AUGMENT, Batches
 from ..train.trainer import Callback, Phase
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #2ea1e3bd
+def _tools(images, clip, tiles, gamma): # CLAHE, and a table of brighter grey values
+    if (n := images.shape[1]) not in (1, 3):
+        raise ValueError(f"the patch version takes RGB or grey images, these have {n} channels")
+    table = ((np.arange(256) / 255) ** (1 / gamma) * 255).round().astype(np.uint8)
+    return cv2.createCLAHE(clip, (tiles, tiles)).apply, table
+
 def vessel_channel(
     images, # (N, C, H, W) uint8, RGB or grey
     clip:float=2., # CLAHE: how steep contrast may become
@@ -36,25 +42,18 @@ def vessel_channel(
     gamma:float=1.2, # above 1 lifts the dark parts
 ) -> np.ndarray: # (N, 1, H, W) uint8
     "The green channel with even contrast: vessels stand out most. Raises `ValueError` for other numbers of channels"
-    n, channels, *sides = images.shape
-    if channels not in (1, 3):
-        raise ValueError(f"the patch version takes RGB or grey images, these have {channels} channels")
-    clahe = cv2.createCLAHE(clip, (tiles, tiles))
-    table = ((np.arange(256) / 255) ** (1 / gamma) * 255).round().astype(np.uint8)
-    out = np.empty((n, 1, *sides), np.uint8)
-    for i in range(n): out[i, 0] = table[clahe.apply(np.ascontiguousarray(images[i][channels // 2]))]
-    return out
+    even, lift = _tools(images, clip, tiles, gamma)
+    return np.stack([lift[even(np.ascontiguousarray(x[len(x) // 2]))] for x in images])[:, None]
 
 # %% ../../nbs/07_evaluate/06_segment.ipynb #a0531923
 def grey_channel(
     images, # (N, C, H, W) uint8, RGB or grey
     clip:float=2., tiles:int=8, gamma:float=1.2, # as for `vessel_channel`
 ) -> np.ndarray: # (N, 1, H, W) uint8
-    "Grey values, brightened, with even contrast (Beers et al. 2018, Retinopathy of Prematurity Dataset)"
-    clahe, rgb = cv2.createCLAHE(clip, (tiles, tiles)), cv2.COLOR_RGB2GRAY
-    grey = [cv2.cvtColor(np.moveaxis(x, 0, -1), rgb) if len(x) == 3 else x[0] for x in images]
-    table = ((np.arange(256) / 255) ** (1 / gamma) * 255).round().astype(np.uint8)
-    return np.stack([clahe.apply(table[g]) for g in grey])[:, None]
+    "Grey values, brightened, with even contrast (Beers et al. 2018). Raises `ValueError` as `vessel_channel` does"
+    even, lift = _tools(images, clip, tiles, gamma)
+    grey = [cv2.cvtColor(np.moveaxis(x, 0, -1), cv2.COLOR_RGB2GRAY) if len(x) == 3 else x[0] for x in images]
+    return np.stack([even(lift[g]) for g in grey])[:, None]
 
 CHANNELS = dict(green=vessel_channel, grey=grey_channel)
 

@@ -211,5 +211,6 @@ def start_from(
     if not found:
         raise ValueError(f"{init} has no network in common with this recipe; it holds {', '.join(*files.values())}")
     mine = {k: nets[k] for k in found}
-    take_up(mine, {k: with_levels(nets[k], t) for k, t in found.items()}, init, most=8)
+    where = ', '.join(sorted(files))
+    take_up(mine, {k: with_levels(nets[k], t) for k, t in found.items()}, where, most=3)
     return {k: weights_name(n) for k, n in mine.items()}
