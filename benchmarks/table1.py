@@ -18,12 +18,14 @@ from medsketch.core import atomic_write
 from medsketch.data import ImageData
 from medsketch.evaluate.compare import compare
 from medsketch.evaluate.segment import Segmenter
-from medsketch.pretrained import PLAIN, PRETRAINED
+from medsketch.pretrained import PRETRAINED
+from medsketch.recipes import recipe_class
 
 SIZE, BATCHES, SEEDS, IMAGES = 64, 2000, (0, 1), Path(__file__).parents[1] / 'nbs/images'
 SYSTEMS = 'skrgan', 'dcgan', 'acgan', 'wgan', 'pggan'
 WIDTHS = {4: 96, 8: 96, 16: 64, 32: 32, 64: 16}
-SKRGAN = {  # sketches as those of the packaged weights; the others are at the scale `cpu`
+SKETCHES = 'style', 'loss', 'diffaugment', 'r1', 'r1_every', 'lr_sketch'  # as the packaged weights have them
+SKRGAN = {
     'latent_dim': 64,
     'widths': WIDTHS,
     'start': SIZE,
@@ -34,8 +36,6 @@ SKRGAN = {  # sketches as those of the packaged weights; the others are at the s
     'lam': 20.0,
     'strokes': 10.0,
     'matching': 10.0,
-    'diffaugment': None,
-    **{k: PLAIN[k] for k in ('r1', 'r1_every', 'lr_sketch')},
 }
 
 
@@ -45,9 +45,10 @@ def images(name, folder):
 
 
 def settings(name):
-    "Arguments of the systems that differ from the scale `cpu`"
-    own = SKRGAN | {'style': PRETRAINED[name].config['style']}
-    both = {'batch_size': 12, 'augment': 'turn', 'pggan.widths': WIDTHS, 'pggan.latent_dim': 64}
+    "Arguments that differ from the scale `cpu`: the systems are not tuned, but for SkrGAN's sketches"
+    packaged = recipe_class('skrgan')(**PRETRAINED[name].config).config
+    own = SKRGAN | {k: packaged[k] for k in SKETCHES}
+    both = {'batch_size': 12, 'augment': 'mirror', 'pggan.widths': WIDTHS, 'pggan.latent_dim': 64}
     return both | {f'skrgan.{k}': v for k, v in own.items()}
 
 
