@@ -113,11 +113,13 @@ def ms_ssim_rows(
     y, # images in [-1, 1], from `check_set`
     j, # (n,) integers: numbers of their partners in `y`
 ) -> list: # of n floats, 0 ... 1
-    "MS-SSIM of the pairs `x[i], y[j]`, one at a time. Raises `ValueError` for images of two sizes"
+    "MS-SSIM of the pairs `x[i], y[j]`, sixteen at a time. Raises `ValueError` for images of two sizes"
     check_shape(image_shape(x), image_shape(y), ('real', 'fake'))
-    weights = _scales(min(image_shape(x)[1:]), 4)
-    one = lambda images, k: _unit(next(image_batches(take(images, [k])))[0])
-    return [_ms_ssim_of_pair(one(x, k), one(y, l), weights) for k, l in zip(i.tolist(), j.tolist())]
+    weights, found = _scales(min(image_shape(x)[1:]), 4), []
+    some = lambda images, rows: map(_unit, next(image_batches(take(images, rows.tolist()))))
+    for k, l in zip(torch.as_tensor(i).split(16), torch.as_tensor(j).split(16)):
+        found += [_ms_ssim_of_pair(a, b, weights) for a, b in zip(some(x, k), some(y, l))]
+    return found
 
 # %% ../../nbs/07_evaluate/00_metrics.ipynb #1bda667c
 def pairs_between(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import from_uint8, to_uint8
-from .metrics import ms_ssim
+from .metrics import _ms_ssim_of_pair, _scales, _unit, check_shape
 
 # %% ../../nbs/07_evaluate/05_neighbours.ipynb #6597d381
 def shrink(
@@ -102,8 +102,10 @@ def ssim_among(
     d = torch.empty(candidates.shape)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'MS-SSIM at')  # fewer scales on small pictures: all are of one size here
-        for i, j in torch.cartesian_prod(*(torch.arange(s) for s in d.shape)).view(-1, 2).tolist():
-            pair = ways[aligned[i, j]](_floats(fake[i])[None]), _floats(train[candidates[i, j]])[None]
-            d[i, j] = math.sqrt(max(0., 1 - round(ms_ssim(*pair), 6)))
+        weights = _scales(min(train.shape[-2:]))
+    for i, j in torch.cartesian_prod(*(torch.arange(s) for s in d.shape)).view(-1, 2).tolist():
+        a, b = ways[aligned[i, j]](_floats(fake[i])[None])[0], _floats(train[candidates[i, j]])
+        check_shape(a.shape, b.shape, ('x', 'y'))
+        d[i, j] = math.sqrt(max(0., 1 - round(_ms_ssim_of_pair(_unit(a), _unit(b), weights), 6)))
     order = d.argsort(dim=1, stable=True)
     return d.gather(1, order), candidates.gather(1, order), aligned.gather(1, order)

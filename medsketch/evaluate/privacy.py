@@ -244,7 +244,9 @@ def _codes(subjects, train, n):
 def _looks(asked, train, side, ways, candidates, groups, chunk):
     "Nearest and second nearest in every view: [(distances, which, way)] of (N, 2) each"
     (pictures, features), (keys, key_features) = asked, train
-    small = lambda p, fs: torch.stack([pixel_features(f(_floats(p)), side) for f in fs])
+    def small(p, fs):
+        x = _floats(p)
+        return torch.stack([pixel_features(f(x), side) for f in fs])
     index = torch.cat([small(p, ways[:1])[0] for p in keys.split(chunk)])
     k = min(candidates, len(keys) - 1 if groups is None else int(len(keys) - groups.bincount().max()))
     pixel = nearest((small(p, ways) for p in pictures.split(chunk)), index, max(2, k), groups)
