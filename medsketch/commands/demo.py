@@ -20,20 +20,11 @@ from .tools import check_count, disk, going_on, need_text, tell
 # %% ../../nbs/11_cli/09_demo.ipynb #d3a00001
 def draw_packaged(
     n:int=3, # drawings of each
-    seed:int=1, # of the noise, and of the phantoms whose sketches are drawn from
+    seed:int=1, # of the noise
 ) -> dict: # {name: dict(sketch=(n, 1, H, W) in [0, 1], image=(n, C, H, W) in [-1, 1])}
-    "From noise where a sketch generator is packaged, else from sketches of phantoms; at the renderer's own size"
-    from medsketch.data import phantom_data
-    from medsketch.pretrained import load, packaged, what_is_drawn
-    out = {}
-    for name in packaged('skrgan'):
-        r = load(name)
-        if 'G_S' in r.shared: made = r.sample(n, seed)
-        else:
-            sketch = what_is_drawn(r, phantom_data(name, n, r.config['size'], seed))['sharp']
-            made = dict(sketch=sketch, image=r.render(sketch))
-        out[name] = {k: made[k] for k in ('sketch', 'image')}
-    return out
+    "Sketches from noise, and the images rendered from them, at the size of each packaged system"
+    from medsketch.pretrained import load, packaged
+    return {name: load(name).sample(n, seed) for name in packaged('skrgan')}
 
 # %% ../../nbs/11_cli/09_demo.ipynb #d3a00002
 def sheet(
