@@ -325,7 +325,8 @@ def test_documentation_is_processed_without_quarto(tmp_path):
     for name in ("nbs", "medsketch", "settings.ini", "setup.py", "_quarto.yml"):
         run("cp", "-r", ROOT / name, copy)
     path = f"{stub.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    run("nbdev_proc_nbs", "--n_workers", "0", cwd=copy, env=os.environ | {"PATH": path, "PYTHONPATH": f"{copy}:{ROOT / 'tools'}"})
+    found = {"PATH": path, "PYTHONPATH": f"{copy}:{ROOT / 'tools'}"}
+    run("nbdev_proc_nbs", "--n_workers", "0", cwd=copy, env=os.environ | found)
     assert len(list((copy / "_proc").rglob("*.ipynb"))) == len(NOTEBOOKS)
     for source in NOTEBOOKS:
         text, code = documentation(copy / "_proc" / source.relative_to(ROOT / "nbs"))
