@@ -40,7 +40,7 @@ EXPLAINED = dict(pggan='`encoder`: what comes back through the code that the enc
                  sketch2medi='Dice of what S finds in the image and in the photograph: 1 is identical. The mean image '
                  'looks at no sketch.')
 NETWORKS = dict(pggan='Progressive GAN with segmentation maps, and its encoder (Beers et al. 2018)',
-                skrgan='U-Net renderer of SkrGAN (Zhang et al. 2019, §2.2)',
+                skrgan='U-Net renderer of SkrGAN (Zhang et al. 2019, §2.3)',
                 pgsgan='Residual renderer of PGSgan with fade-in blocks (Liang et al. 2020, §2.1 to §2.4)',
                 sketch2medi='Sketch synthesizer, StyleGAN2, encoder and refinement network (Cap and Fukuda 2024)')
 
@@ -87,12 +87,13 @@ def model_card(
     c, size = r.config, f"{path.stat().st_size / 1e6:.1f} MB"
     millions = sum(t.numel() for net in r.shared.values() for t in net.parameters()) / 1e6
     batch = c['batch_size'][c['size']] if isinstance(c['batch_size'], dict) else c['batch_size']
+    whole = 'Sketch generator (§2.2) and ' if 'G_S' in r.shared else ''
     needs, steps = '' if p.licence == 'Apache 2.0' else ' --data DIR', _steps(r)
     return f"""# {name}
 
 {DOES[p.recipe]} {p.shows}, {c['size']} × {c['size']} pixels. **Synthetic images. Not for diagnosis.**
 
-- **Network**: {NETWORKS[p.recipe]}, {millions:.1f} million weights in 16 bits, {size}
+- **Network**: {whole}{NETWORKS[p.recipe]}, {millions:.1f} million weights in 16 bits, {size}
 - **Images**: {p.source}; {p.licence}. Trained on {s['trained']}, scored on {s['held']} {p.apart}
 - **Training**: `medsketch pretrain {name}{needs} --out RUN`; {steps} batches of {batch},
   on {p.machine}, seed {c['seed']}{p.how and '. What was done: ' + p.how}
