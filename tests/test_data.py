@@ -272,7 +272,7 @@ def test_missing_reader_says_what_to_install(tmp_path, monkeypatch, name, packag
     (tmp_path / name).write_bytes(b'x' * 200)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda m: None)
     for f in (read_image, lambda p: load(p)):
-        with pytest.raises(ImportError, match=rf'needs {package}: pip install medsketch\[volumes\]'):
+        with pytest.raises(ImportError, match=rf"needs {package}: pip install 'medsketch\[volumes\]'"):
             f(tmp_path / name)
 
 
