@@ -9,6 +9,7 @@ parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
+OF_PAGES = ".ipynb", ".png", ".jpg", ".gif", ".json", ".safetensors"  # as in medsketch/studio/app.py
 suffix = "_requirements"
 extras = {k.removesuffix(suffix): v.split() for k, v in cfg.items() if k.endswith(suffix)}
 
@@ -30,7 +31,7 @@ setup(
         (f"share/medsketch/{folder.relative_to(here)}", [str(p.relative_to(here)) for p in files])
         for folder in [here / "nbs", *sorted(p for p in (here / "nbs").rglob("*") if p.is_dir())]
         if ".ipynb_checkpoints" not in folder.parts
-        and (files := sorted(p for p in folder.iterdir() if p.suffix in (".ipynb", ".png", ".jpg")))
+        and (files := sorted(p for p in folder.iterdir() if p.suffix in OF_PAGES))
     ],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -140,6 +140,16 @@ def test_a_source_distribution_holds_what_its_tests_need(packed):
     assert {"tests/conftest.py", "tests/faults.py", "tests/references.py", "tools/house.py"} <= names
 
 
+def test_installed_pages_find_their_pictures_and_numbers():
+    "`medsketch lab` copies what was installed: a page that reads a file in images/ stops without it"
+    code = """from setuptools import *
+from distutils.core import run_setup
+for _, files in run_setup("setup.py", stop_after="init").data_files: print(*files, sep="\\n")"""
+    listed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True)
+    wanted = [n for n in own_files() if n.startswith("nbs/images/") or n.endswith(".ipynb")]
+    assert len(wanted) > 100 and not sorted(set(wanted) - set(listed.stdout.split("\n")))
+
+
 def test_the_package_index_shows_pictures_and_links(packed):
     "The page there is README.md alone: whatever is relative leads nowhere"
     _, said = packed

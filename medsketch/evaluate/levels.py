@@ -97,5 +97,5 @@ def _scored(made, real, scores, absent):
     for k, f in scores.items():
         if k in absent: continue
         try: found[k] = f(made, real)
-        except (ImportError, Absent) as e: absent[k] = ' '.join(str(e).split())[:120]
+        except (ImportError, Absent) as e: absent[k] = ' '.join(str(e).split())
     return found

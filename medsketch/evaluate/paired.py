@@ -6,6 +6,8 @@
 __all__ = ['SEGMENTATION_SCORES', 'PYIQA', 'segmentation_scores', 'class_scores', 'Absent', 'lpips', 'dists', 'iqa']
 
 # %% ../../nbs/07_evaluate/04_paired.ipynb #a5b25e2a
+from textwrap import shorten
+
 import torch
 
 from ..core import default_device
@@ -97,11 +99,11 @@ def _backbone(make, name):
     "A ready network, or an error that says how to get one"
     try: net = make()
     except ImportError as e:
-        why = str(e).splitlines()[0][:100]
+        why = shorten(str(e), 100, placeholder=' …')
         raise ImportError(f"{name} needs more than is here ({why}): pip install 'medsketch[iqa]'") from None
     except (OSError, RuntimeError) as e:
         absent = isinstance(e, OSError) or 'torchvision::' in str(e) # no connection, or a torchvision without its half
-        why, kept = ' '.join(str(e).split())[:100], f'{torch.hub.get_dir()}/checkpoints'
+        why, kept = shorten(str(e), 100, placeholder=' …'), f'{torch.hub.get_dir()}/checkpoints'
         raise (Absent if absent else RuntimeError)(
             f"{name}'s network could not be loaded ({why}). It is downloaded once: on a machine that is offline, "
             f"copy the file into {kept}") from None
