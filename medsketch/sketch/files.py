@@ -111,10 +111,14 @@ def sketch_batch(
     sketch, # (N, 1, H, W), (1, H, W) or (H, W) in [0, 1], 1 = stroke; an array or a tensor
     size:int=None, # side that it must have, pixels; any if not given
 ) -> torch.Tensor: # (N, 1, H, W) float32
-    "Sketches as a renderer takes them. Raises `ValueError` for another shape or size"
-    s = (sketch if torch.is_tensor(sketch) else torch.as_tensor(np.asarray(sketch))).float()
+    "Sketches as a renderer takes them. Raises `ValueError` for another shape, size or range"
+    s = (sketch if torch.is_tensor(sketch) else torch.tensor(np.asarray(sketch))).float()
     if s.ndim not in (2, 3, 4) or s.ndim == 4 and s.shape[1] != 1:
         raise ValueError(f"the sketch has shape {tuple(s.shape)}; pass (H, W) or (N, 1, H, W)")
     if size and s.shape[-2:] != (size, size):
         raise ValueError(f"the sketch is {tuple(s.shape[-2:])} pixels, this recipe renders {size} × {size}")
+    low, high = s.aminmax() if s.numel() else (0, 0)
+    if not (low >= -.01 and high <= 1.01): # NaN is neither
+        raise ValueError(f"sketches run from 0, paper, to 1, a stroke; this one from {low:g} to {high:g}: "
+                         "`read_sketch` reads a file, and dark strokes on white are 1 - pixels / 255")
     return s.reshape(-1, 1, *s.shape[-2:])
