@@ -11,7 +11,7 @@ import benchmarks
 from benchmarks.common import REFERENCE, measure_peak, table
 from medsketch.core import keep_memory
 
-ALONE = ('small_data', 'diffusion', 'gpu', 'latent', 'freehand', 'tumours', 'heads', 'table1', 'table2')  # by themselves
+ALONE = ('small_data', 'diffusion', 'gpu', 'latent', 'freehand', 'tumours', 'heads', 'table1', 'table2')  # alone
 
 
 def main(wanted):
