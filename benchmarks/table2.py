@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 import torch
 
-from medsketch.core import atomic_write, grid, to_pixels
+from benchmarks.latent import picture
+from medsketch.core import atomic_write
 from medsketch.data import ImageData
 from medsketch.evaluate.downstream import downstream
 from medsketch.evaluate.pairs import synthetic_pairs
@@ -49,14 +50,10 @@ def seen(pairs):
     return pairs.with_planes(mask=pairs.masks * inside)
 
 
-def picture(path, data):
-    "Images above their labels"
-    k = np.linspace(0, len(data) - 1, 8).astype(int)
-    b = data.batch(k)
-    marks = (b['mask'][:, None] > 0).float().expand(-1, 3, -1, -1) * 2 - 1
-    side = np.concatenate([grid([to_pixels(x) for x in row], 8) for row in (b['image'], marks)])
-    side = cv2.resize(side, None, fx=(k := max(1, 1024 // side.shape[1])), fy=k, interpolation=cv2.INTER_NEAREST)
-    cv2.imwrite(str(path), side[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])
+def pairs_of(data):
+    "Eight images, and their labels"
+    b = data.batch(np.linspace(0, len(data) - 1, 8).astype(int))
+    return b['image'], (b['mask'] > 0).float()
 
 
 def main():
@@ -77,7 +74,7 @@ def main():
         if generator:
             drawn = synthetic_pairs(load(generator), PAIRS, out=a.out / f'{generator}-pairs')
             pairs = seen(smaller(drawn, a.size))
-            picture(IMAGES / f'table2_{generator}_{a.size}.jpg', pairs)
+            picture(IMAGES / f'table2_{generator}_{a.size}.jpg', pairs_of(pairs), 8)
         how = {'seeds': SEEDS, 'steps': int(a.steps * more), 'segmenter': {'patch': 48, 'lr': 2e-3, 'batch_size': 2}}
         r = downstream(train, pairs, test, protocols, out=a.out / f'{name}-{a.size}', progress=False, **how)
         for k in protocols:
