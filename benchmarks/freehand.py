@@ -6,10 +6,12 @@
     python -m benchmarks.freehand retrieval OUT   # what the encoder's codes find
 
 Runs lie in OUT and go on where they stopped. What is found goes into nbs/images/freehand.json, pictures lie beside it.
+With `--size 128 --small RUNS` all systems learn on at 128 pixels from what they were at 64, whose OUT is RUNS.
 """
 
 import argparse
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -33,34 +35,46 @@ from medsketch.evaluate.retrieve import (
 from medsketch.pretrained import THROATS
 from medsketch.recipes import load_recipe, recipe_class
 from medsketch.recipes.sketch_synth import objects_dice
+from medsketch.train.weights import read_run, write_weights
 
-SIZE, IMAGES = 64, Path(__file__).parents[1] / 'nbs/images'
-throats = lambda n, seed: phantom_data('pharynx', n, SIZE, seed=seed)
+IMAGES = Path(__file__).parents[1] / 'nbs/images'
+throats = lambda n, seed, size: phantom_data('pharynx', n, size, seed=seed)
 annotated, learned, held = partial(throats, 400, 5000), partial(throats, 2000, 0), partial(throats, 100, 9000)
-SYSTEMS = {  # beside the scale `cpu`; batches are what nine minutes of one core came to
-    'sketch2medi': THROATS | {'segment_steps': 0},
-    'pix2pix': {'size': SIZE, 'receptive_field': 34, 'batch_size': 8, 'lr': 5e-4, 'steps': 1237},
-    'cyclegan': {'receptive_field': 34, 'steps': 495},
-    'unit': {'receptive_field': 34, 'steps': 240},
-    'ugatit': {'steps': 158},
+SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of one core came to
+    64: {
+        'sketch2medi': THROATS | {'segment_steps': 0},
+        'pix2pix': {'receptive_field': 34, 'batch_size': 8, 'lr': 5e-4, 'steps': 1237},
+        'cyclegan': {'receptive_field': 34, 'steps': 495},
+        'unit': {'receptive_field': 34, 'steps': 240},
+        'ugatit': {'steps': 158},
+    },
+    128: {
+        'sketch2medi': THROATS
+        | {'segment_steps': 0, 'gan_steps': 1200, 'moco_steps': 400, 'encoder_steps': 1000, 'refine_steps': 300},
+        'pix2pix': {'receptive_field': 70, 'batch_size': 8, 'lr': 5e-4, 'steps': 1200},
+        'cyclegan': {'receptive_field': 34, 'batch_size': 2, 'steps': 300},
+        'unit': {'receptive_field': 34, 'batch_size': 2, 'steps': 150},
+        'ugatit': {'batch_size': 2, 'steps': 100},
+    },
 }
 NAMES = {'pix2pix': 'pix2pix', 'cyclegan': 'CycleGAN', 'unit': 'UNIT', 'ugatit': 'U-GAT-IT'}
 
 
-def make(name, **more):
+def make(a, name, **more):
     "A recipe with the settings of this table"
-    return recipe_class(name).preset('cpu', **SYSTEMS[name] | more)
+    return recipe_class(name).preset('cpu', **SYSTEMS[a.size][name] | {'size': a.size} | more)
 
 
 def segment(a):
     "Train S on annotated throats"
-    steps = {'segment_steps': 1000, 'gan_steps': 0, 'moco_steps': 0, 'encoder_steps': 0, 'refine_steps': 0}
-    make('sketch2medi', **steps).fit(learned_images(), a.out / 'segment', more=annotated(), every=250)
+    init = {'S': a.small / 'segment'} if a.small else None
+    r = make(a, 'sketch2medi', segment_steps=400 if a.small else 1000)
+    r.fit(learned_images(a), a.out / 'segment', stages=('segment',), more=annotated(a.size), init=init, every=100)
 
 
-def learned_images():
+def learned_images(a):
     "Images without a mask: what S does not draw, nobody knows"
-    return ImageData(learned().images)
+    return ImageData(learned(a.size).images)
 
 
 def sketched(a, data):
@@ -70,22 +84,40 @@ def sketched(a, data):
 
 def train(a):
     "Train one system"
-    recipe, run = make(a.name), a.out / a.name
+    recipe, run = make(a, a.name), a.out / a.name
     if a.name == 'sketch2medi':
-        return recipe.fit(learned_images(), run, init={'S': a.out / 'segment'}, every=200)
-    recipe.fit(sketched(a, learned()), run, every=200)
+        init = {'S': a.out / 'segment'} | (grown(a, recipe) if a.small else {})
+        return recipe.fit(learned_images(a), run, init=init, every=100)
+    fits = a.small and a.name != 'pix2pix'  # a U-Net of another size has another depth
+    recipe.fit(sketched(a, learned(a.size)), run, init=a.small / a.name if fits else None, every=50)
+
+
+def grown(a, recipe):
+    "{network: file} with what fits of smaller networks; G's new block adds nothing at first, D's comes first"
+    path, names = a.out / 'start.safetensors', ('G', 'D', 'E', 'H')
+    if not path.exists():
+        old = read_run(a.small / 'sketch2medi')
+        inward = lambda n: re.sub(r'blocks\.(\d+)', lambda m: f'blocks.{int(m[1]) + 1}', n)
+        old['D'] = {inward(n): t for n, t in old['D'].items()}
+        for k in names:
+            for n, t in recipe.nets[k].state_dict().items():
+                if (found := old[k].get(n)) is not None and found.shape == t.shape:
+                    t.copy_(found)
+        torch.nn.init.zeros_(recipe.nets['G'].synthesis.to_image[-1].weight)
+        write_weights(path, {k: recipe.nets[k] for k in names}, {'recipe': recipe.name, 'config': recipe.config})
+    return dict.fromkeys(names, path)
 
 
 def features(a):
     "An extractor that no system has learned from: not the one in the losses of E and H"
     if not (a.out / 'moco/weights.safetensors').exists():
-        train_moco(learned_images(), a.out / 'moco', steps=300, width=0.25, seed=1)
+        train_moco(learned_images(a), a.out / 'moco', steps=300, width=0.25, seed=1)
     return load_moco(a.out / 'moco')
 
 
 def systems(a):
     "{name: sketches -> images}; the last does not look at its sketch"
-    ours, mean = load_recipe(a.out / 'sketch2medi'), learned().batch(range(0, 2000, 4))['image'].mean(0)
+    ours, mean = load_recipe(a.out / 'sketch2medi'), learned(a.size).batch(range(0, 2000, 4))['image'].mean(0)
     out = {NAMES[n]: load_recipe(a.out / n).render for n in NAMES if (a.out / n / 'weights.safetensors').exists()}
     out |= {'Sketch2MedI without H': lambda s: ours.render(s, steps=0)[0], 'Sketch2MedI': ours.render}
     return ours, out | {'the mean throat': lambda s: mean.expand(len(s), -1, -1, -1)}
@@ -98,9 +130,14 @@ def agreement(ours, real):
     return lambda made: float(np.nanmean([objects_dice(pair(o), t) for o, t in zip(ours.find(made), true)]))
 
 
-def note(key, value):
+def called(a):
+    "What results and pictures are called"
+    return 'freehand' if a.size == 64 else f'freehand_{a.size}'
+
+
+def note(a, key, value):
     "One section of the results"
-    path = IMAGES / 'freehand.json'
+    path = IMAGES / f'{called(a)}.json'
     known = json.loads(path.read_text()) if path.exists() else {}
     with atomic_write(path) as f:
         f.write(json.dumps(known | {key: value}, indent=1).encode())
@@ -109,23 +146,24 @@ def note(key, value):
 def table(a):
     "Scores and pictures"
     ours, made = systems(a)
-    data = held()
+    data = held(a.size)
     real, drawn = data.batch(range(len(data)))['image'], sketched(a, data)
     sketches = drawn.batch(range(len(drawn)))['sketch']
     dice = agreement(ours, real)
     found = score_levels(made, sketches, real, table_scores(lambda _, x: dice(x), features(a)))
     scores = {f'{s}|{v:g}|{k}': found.summary(s, v, k) for s, v, k in found.values}
     note(
+        a,
         'table',
         {'scores': scores, 'absent': found.absent, 'systems': list(made), 'levels': LEVELS, 'images': len(data)},
     )
     budget = lambda c: {k: v for k, v in c.items() if k.endswith('steps') or k == 'batch_size'}
-    note('trained', {n: budget(make(n).config) for n in SYSTEMS} | {'sketch2medi': budget(THROATS)})
+    note(a, 'trained', {n: budget(make(a, n).config) for n in SYSTEMS[a.size]})
     for level in (0.0, 0.5, 1.0):
-        picture(f'freehand_{level:g}', drawn_by(sketches[:8], level, 0), real[:8], made)
+        picture(f'{called(a)}_{level:g}', drawn_by(sketches[:8], level, 0), real[:8], made)
     steps = torch.stack(ours.render(drawn_by(sketches[:6], 0.5, 0), steps=3))
-    note('steps', [dice(x) for x in ours.render(sketches, steps=3)])
-    save(IMAGES / 'freehand_steps.jpg', grid([to_pixels(x) for row in steps for x in row], 6))
+    note(a, 'steps', [dice(x) for x in ours.render(sketches, steps=3)])
+    save(IMAGES / f'{called(a)}_steps.jpg', grid([to_pixels(x) for row in steps for x in row], 6))
 
 
 def picture(name, sketches, real, made):
@@ -146,7 +184,7 @@ def save(path, pixels):
 
 def retrieval(a):
     "Recall among 100 others, for sketches as computed and drawn"
-    data = held()
+    data = held(a.size)
     whole = data.with_sketches(sketched(a, data).sketches)
     wanted, drawn = hits(data, data, 0.85), whole.batch(range(len(whole)))['sketch']
     ways = {
@@ -158,14 +196,16 @@ def retrieval(a):
     for name, extractor in ways.items():
         index = index_sketches(whole, extractor)
         out[name] = {f'{v:g}': recall_at(index, drawn_by(drawn, v, 0), wanted) for v in LEVELS}
-    note('retrieval', out)
+    note(a, 'retrieval', out)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('what', choices=('segment', 'train', 'table', 'retrieval'))
     p.add_argument('out', type=Path, help='folder of the runs')
-    p.add_argument('name', nargs='?', choices=SYSTEMS)
+    p.add_argument('name', nargs='?', choices=SYSTEMS[64])
+    p.add_argument('--size', type=int, choices=SYSTEMS, default=64, help='pixels')
+    p.add_argument('--small', type=Path, help='folder of the runs of half the size, to begin with')
     a = p.parse_args()
     globals()[a.what](a)
 

@@ -27,7 +27,8 @@ from medsketch.pretrained import PRETRAINED, load
 from medsketch.recipes import recipe_class
 
 SIZE, BATCHES, SEEDS, IMAGES = 64, 2000, (0, 1), Path(__file__).parents[1] / 'nbs/images'
-SYSTEMS = 'skrgan', 'dcgan', 'acgan', 'wgan', 'pggan'
+PAPERS = 'skrgan', 'dcgan', 'acgan', 'wgan', 'pggan'
+SYSTEMS = {'fundus': (*PAPERS, 'stylegan2'), 'chest_xray': PAPERS}
 WIDTHS = {4: 96, 8: 96, 16: 64, 32: 32, 64: 16}
 SKETCHES = 'style', 'loss', 'diffaugment', 'r1', 'r1_every', 'lr_sketch'  # as the packaged weights have them
 SKRGAN = {
@@ -42,6 +43,17 @@ SKRGAN = {
     'strokes': 10.0,
     'matching': 10.0,
 }
+STYLEGAN2 = {
+    'fmap_base': 1024,
+    'fmap_max': 64,
+    'latent_dim': 64,
+    'w_dim': 64,
+    'mapping_layers': 2,
+    'lr': 3e-3,
+    'r1': 2.0,
+    'path_length': 0.5,
+    'mixing': 0.5,
+}
 
 
 def images(name, folder):
@@ -50,11 +62,12 @@ def images(name, folder):
 
 
 def settings(name):
-    "Arguments that differ from the scale `cpu`: the systems are not tuned, but for SkrGAN's sketches"
+    "Arguments that differ from the scale `cpu`: not tuned, but for SkrGAN's sketches and StyleGAN2's rates"
     packaged = recipe_class('skrgan')(**PRETRAINED[name].config).config
     own = SKRGAN | {k: packaged[k] for k in SKETCHES}
     both = {'batch_size': 12, 'augment': 'mirror', 'pggan.widths': WIDTHS, 'pggan.latent_dim': 64}
-    return both | {f'skrgan.{k}': v for k, v in own.items()}
+    tuned = {'skrgan': own, 'stylegan2': STYLEGAN2}
+    return both | {f'{r}.{k}': v for r in SYSTEMS[name] for k, v in tuned.get(r, {}).items()}
 
 
 def vessels(data, out):
@@ -94,7 +107,7 @@ def main():
     segmenter = vessels(data, out) if a.set == 'fundus' else None
     seen = ImageData(data.images, paths=data.paths, subjects=data.subjects)
     how = {'steps': BATCHES, 'scale': 'cpu', 'settings': settings(a.set), 'seeds': SEEDS, 'segmenter': segmenter}
-    table = compare(seen, SYSTEMS, out, **how, metrics=metrics, every=250, progress=False)
+    table = compare(seen, SYSTEMS[a.set], out, **how, metrics=metrics, every=250, progress=False)
     kept = IMAGES / 'table1.json'
     found = json.loads(kept.read_text()) if kept.exists() else {}
     found[a.set] = {
