@@ -42,7 +42,7 @@ throats = lambda n, seed, size: phantom_data('pharynx', n, size, seed=seed)
 annotated, learned, held = partial(throats, 400, 5000), partial(throats, 2000, 0), partial(throats, 100, 9000)
 SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of one core came to
     64: {
-        'sketch2medi': THROATS | {'segment_steps': 0},
+        'sketch2medi': THROATS,
         'pix2pix': {'receptive_field': 34, 'batch_size': 8, 'lr': 5e-4, 'steps': 1237},
         'cyclegan': {'receptive_field': 34, 'steps': 495},
         'unit': {'receptive_field': 34, 'steps': 240},
@@ -50,7 +50,7 @@ SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of
     },
     128: {
         'sketch2medi': THROATS
-        | {'segment_steps': 0, 'gan_steps': 1200, 'moco_steps': 400, 'encoder_steps': 1000, 'refine_steps': 300},
+        | {'segment_steps': 400, 'gan_steps': 1200, 'moco_steps': 400, 'encoder_steps': 1000, 'refine_steps': 300},
         'pix2pix': {'receptive_field': 70, 'batch_size': 8, 'lr': 5e-4, 'steps': 1200},
         'cyclegan': {'receptive_field': 34, 'batch_size': 2, 'steps': 300},
         'unit': {'receptive_field': 34, 'batch_size': 2, 'steps': 150},
@@ -68,7 +68,7 @@ def make(a, name, **more):
 def segment(a):
     "Train S on annotated throats"
     init = {'S': a.small / 'segment'} if a.small else None
-    r = make(a, 'sketch2medi', segment_steps=400 if a.small else 1000)
+    r = make(a, 'sketch2medi')
     r.fit(learned_images(a), a.out / 'segment', stages=('segment',), more=annotated(a.size), init=init, every=100)
 
 
@@ -86,6 +86,7 @@ def train(a):
     "Train one system"
     recipe, run = make(a, a.name), a.out / a.name
     if a.name == 'sketch2medi':
+        recipe = make(a, a.name, segment_steps=0)
         init = {'S': a.out / 'segment'} | (grown(a, recipe) if a.small else {})
         return recipe.fit(learned_images(a), run, init=init, every=100)
     fits = a.small and a.name != 'pix2pix'  # a U-Net of another size has another depth
