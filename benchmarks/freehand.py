@@ -6,12 +6,12 @@
     python -m benchmarks.freehand retrieval OUT   # what the encoder's codes find
 
 Runs lie in OUT and go on where they stopped. What is found goes into nbs/images/freehand.json, pictures lie beside it.
-With `--size 128 --small RUNS` all systems learn on at 128 pixels from what they were at 64, whose OUT is RUNS.
+With `--size 128` images have 128 pixels. S and the four others learn from the beginning, for minutes on a GPU; G, E and
+H go on from the packaged weights `pharynx`, which were made at 64.
 """
 
 import argparse
 import json
-import re
 from functools import partial
 from pathlib import Path
 
@@ -32,14 +32,16 @@ from medsketch.evaluate.retrieve import (
     sketch_pixels,
     style_codes,
 )
-from medsketch.pretrained import THROATS
+from medsketch.pretrained import THROATS, find_weights
 from medsketch.recipes import load_recipe, recipe_class
 from medsketch.recipes.sketch_synth import objects_dice
-from medsketch.train.weights import read_run, write_weights
+from medsketch.train.losses import logistic_d, r1_penalty
+from medsketch.train.weights import read_weights, write_weights
 
 IMAGES = Path(__file__).parents[1] / 'nbs/images'
 throats = lambda n, seed, size: phantom_data('pharynx', n, size, seed=seed)
 annotated, learned, held = partial(throats, 400, 5000), partial(throats, 2000, 0), partial(throats, 100, 9000)
+BATCHES = {'batch_size': 16, 'lr': 5e-4}
 SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of one core came to
     64: {
         'sketch2medi': THROATS,
@@ -49,12 +51,11 @@ SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of
         'ugatit': {'steps': 158},
     },
     128: {
-        'sketch2medi': THROATS
-        | {'segment_steps': 400, 'gan_steps': 1200, 'moco_steps': 400, 'encoder_steps': 1000, 'refine_steps': 300},
-        'pix2pix': {'receptive_field': 70, 'batch_size': 8, 'lr': 5e-4, 'steps': 1200},
-        'cyclegan': {'receptive_field': 34, 'batch_size': 2, 'steps': 300},
-        'unit': {'receptive_field': 34, 'batch_size': 2, 'steps': 150},
-        'ugatit': {'batch_size': 2, 'steps': 100},
+        'sketch2medi': THROATS | {'segment_steps': 198, 'lr': 5e-4, 'r1_gan': 10.0, 'gan_steps': 600},
+        'pix2pix': {'receptive_field': 70, 'ngf': 24, 'steps': 3571} | BATCHES,
+        'cyclegan': {'receptive_field': 34, 'steps': 2683} | BATCHES,
+        'unit': {'receptive_field': 34, 'steps': 1535} | BATCHES,
+        'ugatit': {'steps': 728} | BATCHES,
     },
 }
 NAMES = {'pix2pix': 'pix2pix', 'cyclegan': 'CycleGAN', 'unit': 'UNIT', 'ugatit': 'U-GAT-IT'}
@@ -67,9 +68,8 @@ def make(a, name, **more):
 
 def segment(a):
     "Train S on annotated throats"
-    init = {'S': a.small / 'segment'} if a.small else None
-    r = make(a, 'sketch2medi')
-    r.fit(learned_images(a), a.out / 'segment', stages=('segment',), more=annotated(a.size), init=init, every=100)
+    r = make(a, 'sketch2medi', **({} if a.size == 64 else {'batch_size': 16}))
+    r.fit(learned_images(a), a.out / 'segment', stages=('segment',), more=annotated(a.size), every=100)
 
 
 def learned_images(a):
@@ -87,26 +87,49 @@ def train(a):
     recipe, run = make(a, a.name), a.out / a.name
     if a.name == 'sketch2medi':
         recipe = make(a, a.name, segment_steps=0)
-        init = {'S': a.out / 'segment'} | (grown(a, recipe) if a.small else {})
+        init = {'S': a.out / 'segment'} | (grown(a, recipe) if a.size > 64 else {})
+        if a.size > 64:
+            hold(recipe.nets['G'])
         return recipe.fit(learned_images(a), run, init=init, every=100)
-    fits = a.small and a.name != 'pix2pix'  # a U-Net of another size has another depth
-    recipe.fit(sketched(a, learned(a.size)), run, init=a.small / a.name if fits else None, every=50)
+    recipe.fit(sketched(a, learned(a.size)), run, every=50)
 
 
 def grown(a, recipe):
-    "{network: file} with what fits of smaller networks; G's new block adds nothing at first, D's comes first"
-    path, names = a.out / 'start.safetensors', ('G', 'D', 'E', 'H')
+    "{network: file}: what fits of the packaged networks of half the size. G's new block adds nothing at first"
+    path, names = a.out / 'start.safetensors', ('G', 'E', 'H')
     if not path.exists():
-        old = read_run(a.small / 'sketch2medi')
-        inward = lambda n: re.sub(r'blocks\.(\d+)', lambda m: f'blocks.{int(m[1]) + 1}', n)
-        old['D'] = {inward(n): t for n, t in old['D'].items()}
+        old = read_weights(find_weights('pharynx'))
         for k in names:
             for n, t in recipe.nets[k].state_dict().items():
                 if (found := old[k].get(n)) is not None and found.shape == t.shape:
                     t.copy_(found)
         torch.nn.init.zeros_(recipe.nets['G'].synthesis.to_image[-1].weight)
-        write_weights(path, {k: recipe.nets[k] for k in names}, {'recipe': recipe.name, 'config': recipe.config})
-    return dict.fromkeys(names, path)
+        warm(recipe, learned(a.size))
+        start = {k: recipe.nets[k] for k in (*names, 'D')}
+        write_weights(path, start, {'recipe': recipe.name, 'config': recipe.config})
+    return dict.fromkeys((*names, 'D'), path)
+
+
+def hold(G):
+    "Let only the last block learn: what the others know is what the smaller system draws"
+    last = f'synthesis.blocks.{len(G.synthesis.blocks) - 1}.', f'synthesis.to_image.{len(G.synthesis.to_image) - 1}.'
+    for n, p in G.named_parameters():
+        if not n.startswith(last):
+            p.register_hook(torch.zeros_like)
+
+
+def warm(recipe, data, steps=400, lr=2e-3):
+    "Let a new discriminator catch up with a trained generator before the two play on"
+    G, D, n = recipe.nets['G'], recipe.nets['D'], recipe.config['batch_size']
+    opt, rng = torch.optim.Adam(D.parameters(), lr=lr, betas=(0.0, 0.99)), np.random.default_rng(0)
+    for i in range(steps):
+        real = data.batch(rng.choice(len(data), n))['image']
+        with torch.no_grad():
+            made = G(recipe.noise(n, 1, i * n))
+        loss = logistic_d(D(real), D(made)) + (recipe.config['r1_gan'] / 2 * r1_penalty(D, real) if i % 4 == 0 else 0)
+        opt.zero_grad(), loss.backward(), opt.step()
+        if i % 20 == 0:
+            print(f'D catches up, {i}: {loss.item():.3f}', flush=True)
 
 
 def features(a):
@@ -206,7 +229,6 @@ def main():
     p.add_argument('out', type=Path, help='folder of the runs')
     p.add_argument('name', nargs='?', choices=SYSTEMS[64])
     p.add_argument('--size', type=int, choices=SYSTEMS, default=64, help='pixels')
-    p.add_argument('--small', type=Path, help='folder of the runs of half the size, to begin with')
     a = p.parse_args()
     globals()[a.what](a)
 

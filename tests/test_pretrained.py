@@ -17,6 +17,7 @@ from medsketch.cli import main
 from medsketch.data import phantom_data
 from medsketch.pretrained import (
     PRETRAINED,
+    RIM,
     card,
     find_weights,
     load,
@@ -67,6 +68,16 @@ def test_each_renders_what_its_card_says(name):
     assert c == recipe_class(p.recipe)(**p.config).config  # the command on the card makes this network
     quick = r.for_drawing().render(blank)
     assert (quick - image).abs().max() < 2e-3
+
+
+def test_fundus_has_a_whole_rim_and_no_stroke_outside():
+    made = load('fundus').sample(24, seed=5)
+    at = (torch.arange(256) + 0.5) / 256 - 0.5
+    away = (at[:, None] ** 2 + at**2).sqrt()
+    ring = (away <= RIM) & (away > RIM - 0.012)
+    assert (made['image'].max(1).values[:, ring] > -0.5).float().mean(1).min() > 0.98  # half of them had bites in it
+    assert (made['image'][:, :, away > RIM] == -1).all()
+    assert (made['sketch'][:, :, away > RIM] == 0).all() and made['sketch'].max() > 0.9
 
 
 def test_eyes_draws_pairs_and_finds_its_own_codes_again():
