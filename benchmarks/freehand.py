@@ -42,6 +42,7 @@ IMAGES = Path(__file__).parents[1] / 'nbs/images'
 throats = lambda n, seed, size: phantom_data('pharynx', n, size, seed=seed)
 annotated, learned, held = partial(throats, 400, 5000), partial(throats, 2000, 0), partial(throats, 100, 9000)
 BATCHES = {'batch_size': 16, 'lr': 5e-4}
+LONGER = {'encoder_steps': 8000, 'refine_steps': 1500}
 SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of one core came to
     64: {
         'sketch2medi': THROATS,
@@ -51,7 +52,7 @@ SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of
         'ugatit': {'steps': 158},
     },
     128: {
-        'sketch2medi': THROATS | {'segment_steps': 198, 'lr': 5e-4, 'r1_gan': 10.0, 'gan_steps': 600},
+        'sketch2medi': THROATS | {'segment_steps': 198, 'lr': 5e-4, 'r1_gan': 10.0, 'gan_steps': 600} | LONGER,
         'pix2pix': {'receptive_field': 70, 'ngf': 24, 'steps': 3571} | BATCHES,
         'cyclegan': {'receptive_field': 34, 'steps': 2683} | BATCHES,
         'unit': {'receptive_field': 34, 'steps': 1535} | BATCHES,

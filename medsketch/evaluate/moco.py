@@ -39,7 +39,8 @@ def _extractor(encoder, config, chunk=32, device=None):
     of = f"{size} px, data {config['data']}, weights {weights_name(encoder.net)[:8]}"
     name = f"moco-v2 resnet{config['depth']} × {config['width']:g}, {of} (medsketch {config['version']})"
     out = Extractor(net, name, chunk, device)
-    out.encoder, out.config = encoder.to(out.device).eval(), config
+    out.config = config
+    out.encoder = encoder.to(out.device, memory_format=torch.channels_last).eval() # as in training: to the last bit
     return out
 
 # %% ../../nbs/07_evaluate/02_moco.ipynb #e9011a5a
