@@ -63,6 +63,7 @@ def _eyes(seen): # two thirds of the subjects, or the others
         return train if seen else join(held, rest)
     return read
 
+# %% ../nbs/09_pretrained.ipynb #4be010f2
 BODY = [(0, 0, 1), (.12, .05, .88), (.04, .02, .94), (.1, .1, .86), (.08, 0, .9)] # around a body on its table
 
 def _with_bodies(ds): # the masks that come with the slices are of lungs alone; people draw the body around them, too
