@@ -6,8 +6,8 @@
     python -m benchmarks.freehand retrieval OUT   # what the encoder's codes find
 
 Runs lie in OUT and go on where they stopped. What is found goes into nbs/images/freehand.json, pictures lie beside it.
-With `--size 128` images have 128 pixels. S and the four others learn from the beginning, for minutes on a GPU; G, E and
-H go on from the packaged weights `pharynx`, which were made at 64.
+With `--size 128 --small RUN` images have 128 pixels. S and the four others learn from the beginning, for minutes on a
+GPU; G, E and H go on from what they were at 64, whose run of sketch2medi is RUN.
 """
 
 import argparse
@@ -32,17 +32,16 @@ from medsketch.evaluate.retrieve import (
     sketch_pixels,
     style_codes,
 )
-from medsketch.pretrained import THROATS, find_weights
+from medsketch.pretrained import LARGER, THROATS
 from medsketch.recipes import load_recipe, recipe_class
 from medsketch.recipes.sketch_synth import objects_dice
 from medsketch.train.losses import logistic_d, r1_penalty
-from medsketch.train.weights import read_weights, write_weights
+from medsketch.train.weights import read_run, write_weights
 
 IMAGES = Path(__file__).parents[1] / 'nbs/images'
 throats = lambda n, seed, size: phantom_data('pharynx', n, size, seed=seed)
 annotated, learned, held = partial(throats, 400, 5000), partial(throats, 2000, 0), partial(throats, 100, 9000)
 BATCHES = {'batch_size': 16, 'lr': 5e-4}
-LONGER = {'encoder_steps': 8000, 'refine_steps': 1500}
 SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of one core came to
     64: {
         'sketch2medi': THROATS,
@@ -52,7 +51,7 @@ SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of
         'ugatit': {'steps': 158},
     },
     128: {
-        'sketch2medi': THROATS | {'segment_steps': 198, 'lr': 5e-4, 'r1_gan': 10.0, 'gan_steps': 600} | LONGER,
+        'sketch2medi': LARGER,
         'pix2pix': {'receptive_field': 70, 'ngf': 24, 'steps': 3571} | BATCHES,
         'cyclegan': {'receptive_field': 34, 'steps': 2683} | BATCHES,
         'unit': {'receptive_field': 34, 'steps': 1535} | BATCHES,
@@ -96,10 +95,10 @@ def train(a):
 
 
 def grown(a, recipe):
-    "{network: file}: what fits of the packaged networks of half the size. G's new block adds nothing at first"
+    "{network: file}: what fits of networks of half the size. G's new block adds nothing at first"
     path, names = a.out / 'start.safetensors', ('G', 'E', 'H')
     if not path.exists():
-        old = read_weights(find_weights('pharynx'))
+        old = read_run(a.small)
         for k in names:
             for n, t in recipe.nets[k].state_dict().items():
                 if (found := old[k].get(n)) is not None and found.shape == t.shape:
@@ -230,6 +229,7 @@ def main():
     p.add_argument('out', type=Path, help='folder of the runs')
     p.add_argument('name', nargs='?', choices=SYSTEMS[64])
     p.add_argument('--size', type=int, choices=SYSTEMS, default=64, help='pixels')
+    p.add_argument('--small', type=Path, help='the run of sketch2medi at 64 pixels, for training it at 128')
     a = p.parse_args()
     globals()[a.what](a)
 

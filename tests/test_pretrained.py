@@ -158,7 +158,7 @@ def test_brains_from_noise_differ_in_their_lines():
 def test_throats_follow_their_contours_and_bear_a_scrawl():
     from medsketch.evaluate.levels import drawn_by
 
-    r, real = load('pharynx'), phantom_data('pharynx', 12, 64, seed=9500).batch(range(12))['image']
+    r, real = load('pharynx'), phantom_data('pharynx', 12, 128, seed=9500).batch(range(12))['image']
     contours = r.sketch(real)
     own, rough = r.render(contours), r.render(drawn_by(contours, 1.0, 0))
     assert r.agreement(real, own) > r.agreement(real, own.roll(1, 0)) + 0.08  # another throat's answer is worse
