@@ -14,7 +14,7 @@ import torch
 
 from medsketch.data import ImageData, phantom_data
 from medsketch.evaluate import table
-from medsketch.evaluate.compare import compare, make_recipe, settings_for
+from medsketch.evaluate.compare import _train_and_score, compare, make_recipe, settings_for
 from medsketch.evaluate.distances import Score
 from medsketch.evaluate.features import thumbnails
 from medsketch.evaluate.table import METRICS, Table, baseline_scores, score_images
@@ -291,3 +291,23 @@ def test_the_baseline_of_a_folder_sorted_by_class_has_both_classes(monkeypatch):
     for half in seen:
         assert len(half) == 20 and 3 < (half.images[:, 0, 0, 0] == 255).sum() < 17
     assert not set(seen[0].subjects) & set(seen[1].subjects)
+
+
+def test_a_training_of_no_time_at_all_is_one(tmp_path):
+    class Quick:
+        "Trains four steps faster than the log counts"
+
+        def __init__(self):
+            self.config = {'seed': 0}
+
+        def fit(self, data, run, resume):
+            (run / 'gan').mkdir(parents=True, exist_ok=True)
+            (run / 'gan/log.csv').write_text('step,images,seconds\n4,48,0.0\n')
+
+        def sample(self, n, seed):
+            return {'image': torch.zeros(n, 1, 8, 8)}
+
+    said = []
+    for _ in range(2):
+        _train_and_score(Quick(), tmp_path / 'quick-0', None, 2, {}, lambda images: [], said.append)
+    assert said == ['quick-0: trained, scored in 0 s', 'quick-0: trained before, scores kept in 0 s']

@@ -111,10 +111,10 @@ def _kept(path, of):
     except (OSError, ValueError): return None
     return [Score(**s) for s in found['scores']] if found.get('of') == json.loads(json.dumps(of)) else None
 
-def _seconds(run):
-    "How long a run trained, from its logs"
+def _logged(run, what):
+    "How long a run trained, in 'seconds' or by its last 'step', from its logs"
     last = [log.read_text().splitlines() for log in Path(run).glob('*/log.csv')]
-    return sum(float(lines[-1].split(',')[lines[0].split(',').index('seconds')]) for lines in last if len(lines) > 1)
+    return sum(float(lines[-1].split(',')[lines[0].split(',').index(what)]) for lines in last if len(lines) > 1)
 
 # %% ../../nbs/07_evaluate/10_compare.ipynb #8b1471c1
 def figure_of(
@@ -145,18 +145,20 @@ def _scores(path, of, score):
 
 def _train_and_score(recipe, run, data, draw, of, score, say, **how):
     "One system, one seed: its samples, and its scores, kept or new"
-    start, before = time.monotonic(), _seconds(run)
+    start, before = time.monotonic(), _logged(run, 'step')
     recipe.fit(data, run, resume=True, **how)
     images = recipe.sample(draw, seed=recipe.config['seed'])['image'].cpu()
     scores, kept = _scores(run/'scores.json', of, lambda: score(images))
-    done = f"trained{'' if _seconds(run) > before else ' before'}, {'scores kept' if kept else 'scored'}"
+    new = _logged(run, 'step') > before
+    done = f"trained{'' if new else ' before'}, {'scores kept' if kept else 'scored'}"
     say(f'{run.name}: {done} in {time.monotonic() - start:.0f} s')
     return images, scores
 
 def _cost(run, recipe):
     "What a training took, in words"
     millions = sum(p.numel() for n in recipe.nets.values() for p in n.parameters()) / 1e6
-    return f'{run.name}: {_seconds(run):.0f} s of training, {millions:.2g} M parameters in all networks'
+    seconds = _logged(run, 'seconds')
+    return f'{run.name}: {seconds:.0f} s of training, {millions:.2g} M parameters in all networks'
 
 # %% ../../nbs/07_evaluate/10_compare.ipynb #1c7d1df9
 def _check_plan(data, real, recipes, seeds, n, metrics, extractor, segmenter):
