@@ -51,7 +51,7 @@ SYSTEMS = {  # beside the scale `cpu`; at 64 px batches are what nine minutes of
         'ugatit': {'steps': 158},
     },
     128: {
-        'sketch2medi': LARGER,
+        'sketch2medi': LARGER | {'gan_steps': 600, 'encoder_steps': 8000, 'refine_steps': 1500},
         'pix2pix': {'receptive_field': 70, 'ngf': 24, 'steps': 3571} | BATCHES,
         'cyclegan': {'receptive_field': 34, 'steps': 2683} | BATCHES,
         'unit': {'receptive_field': 34, 'steps': 1535} | BATCHES,

@@ -111,8 +111,8 @@ PLAIN = dict(diffaugment=None, r1=1., r1_every=2, lr_sketch=2e-3, augment='turn'
 THROATS = recipe_class('sketch2medi').presets['cpu'] | dict(
     fmap_base=1024, classes=5, r1_gan=2., segment_steps=1000, gan_steps=3290, moco_steps=700, encoder_steps=2600,
     refine_steps=600) # at 64 px
-LARGER = THROATS | dict(size=128, lr=5e-4, r1_gan=10., segment_steps=198, gan_steps=600, encoder_steps=8000,
-                        refine_steps=1500)
+LARGER = THROATS | dict(size=128, lr=5e-4, r1_gan=10., segment_steps=198, gan_steps=3890, encoder_steps=10_600,
+                        refine_steps=2100) # those at 64 px counted in
 NO_PATIENT = LIMITS + 'It has seen drawn phantoms only, never a patient.'
 
 # %% ../nbs/09_pretrained.ipynb #pretrdict1
