@@ -84,14 +84,14 @@ def sketched(a, data):
 
 def train(a):
     "Train one system"
-    recipe, run = make(a, a.name), a.out / a.name
-    if a.name == 'sketch2medi':
-        recipe = make(a, a.name, segment_steps=0)
-        init = {'S': a.out / 'segment'} | (grown(a, recipe) if a.size > 64 else {})
-        if a.size > 64:
-            hold(recipe.nets['G'])
-        return recipe.fit(learned_images(a), run, init=init, every=100)
-    recipe.fit(sketched(a, learned(a.size)), run, every=50)
+    run = a.out / a.name
+    if a.name != 'sketch2medi':
+        return make(a, a.name).fit(sketched(a, learned(a.size)), run, every=50)
+    recipe, init = make(a, a.name, segment_steps=0), {'S': a.out / 'segment'}
+    if a.size > 64:
+        init |= grown(a, recipe)
+        hold(recipe.nets['G'])
+    recipe.fit(learned_images(a), run, init=init, every=100)
 
 
 def grown(a, recipe):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.latent import picture
-from medsketch.core import atomic_write
+from medsketch.core import atomic_write, to_uint8
 from medsketch.data import ImageData, load_images, split_by_subject
 from medsketch.data.views import round_field, same_light, views
 from medsketch.evaluate.downstream import downstream
@@ -93,8 +93,8 @@ def dual_gan(a, train, plain=False):
 def draw(a, generator, train):
     "Pairs, all of the size wanted"
     if generator == 'real masks':
-        made = dual_gan(a, train).render(torch.from_numpy(train.masks).long()).cpu()
-        pixels = ((made + 1) * 127.5).round().byte().numpy()
+        made = dual_gan(a, train).render(torch.from_numpy(train.masks).long())
+        pixels = np.moveaxis(to_uint8(made), -1, 1)
         return ImageData(pixels, train.masks, paths=[f'rendered {p}' for p in train.paths], classes=train.classes)
     ours = generator in ('dual GAN', 'plain')
     recipe = dual_gan(a, train, generator == 'plain') if ours else load(generator)

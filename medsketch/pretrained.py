@@ -36,12 +36,12 @@ from .recipes.skrgan import VARIED
 ROUND = [(0, 0, 1), (.125, .03, .75), (.125, .22, .75), (.03, .125, .75), (.22, .125, .75)]  # inside a round field
 WIDE = [(1/6, 0, 2/3), (1/6, 1/6, 2/3), (1/6, 1/3, 2/3), (.25, .1, .5), (.25, .4, .5)]       # inside a frame of 3 : 2
 
-RIM = .455 # sides: the radius of the smallest field among them
+RIM = .455 # sides: the field of `fundus`, small enough for whole rims
 
 def fundus_views(
     folder, # with `retina/chasedb1` and `retina/hrf`
     size:int, # pixels
-    field:float=.48, # radius of the field of view, sides; at `RIM` no field is smaller, and every rim whole
+    field:float=.48, # radius of the field of view, sides; fewer photographs end before it at `RIM`
 ): # an `ImageData`: 36 photographs through five windows each
     "Photographs of CHASE_DB1 and HRF as one set: the same field, the same light, the disc anywhere"
     read = lambda name: load_images(folder/f'retina/{name}', 2 * size, fit='letterbox', manifest=folder/'manifest.csv')
